@@ -1,0 +1,132 @@
+"""What a GPU attains of its peaks: constants per (kernel, impl, dtype), with where they come from and how well they fit.
+
+`Calibration.none()` is the identity.  A profile is a small file, `data/calibration/<gpu>/constants.toml`; a user's own
+lies in their data directory and is preferred.  A GPU without a profile borrows the fitted shape of a named one, or
+documented priors, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+
+from simulator.data import data_path
+from simulator.hardware import Gpu
+from simulator.units import Fraction, Seconds
+
+Family = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Constants of one family of ops.
+
+    tensor, special, memory: shares of peak attained at saturation.  depth_half: trip count of a tile's inner loop at
+    half of it.  bytes_half: traffic at half of the bandwidth.  wave: 1 stepped, 0 smooth.  launch_s: the op's own
+    fixed time on the GPU.  power: exponent of the smooth maximum.  sustained: share of `tensor` left when the power
+    cap binds.  sigma: standard deviation of log(measured / predicted) on held-out rows.
+    """
+
+    tensor: Fraction = 1.0
+    special: Fraction = 1.0
+    memory: Fraction = 1.0
+    depth_half: float = 0.0
+    bytes_half: float = 0.0
+    wave: float = 0.0
+    launch_s: Seconds = 0.0
+    power: int = 0
+    sustained: Fraction = 1.0
+    sigma: float = 0.0
+    basis: str = "analytic"
+    source: str = ""
+    rows: int = 0
+
+
+IDENTITY = Constants()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Constants by family; `common_sigma` is the error shared by all ops (clock, engine)."""
+
+    gpu: str = ""
+    families: dict[Family, Constants] = field(default_factory=dict)
+    common_sigma: float = 0.0
+    description: str = "none: the identity"
+
+    @staticmethod
+    def none() -> Calibration:
+        """Every op at its bound."""
+        return Calibration()
+
+    @staticmethod
+    def load(gpu: Gpu) -> Calibration:
+        """The user's profile, else the shipped one, else one borrowed or assumed."""
+        return _load(gpu)
+
+    def constants(self, family: Family) -> Constants:
+        """Constants of a family: exact, else the kernel's default implementation, else its nearest dtype."""
+        found = self._resolved.get(family)
+        if found is None:
+            kernel, impl, math = family
+            for key in ((kernel, impl, math), (kernel, "", math), (kernel, impl, ""), (kernel, "", "")):
+                if key in self.families:
+                    found = self.families[key]
+                    break
+            else:
+                found = IDENTITY
+            self._resolved[family] = found
+        return found
+
+    @property
+    def _resolved(self) -> dict[Family, Constants]:
+        memo = self.__dict__.get("_memo")
+        if memo is None:
+            memo = {}
+            object.__setattr__(self, "_memo", memo)
+        return memo  # type: ignore[no-any-return]
+
+
+def user_folder() -> Path:
+    """Where a user's own profiles lie: $XDG_DATA_HOME/longctx/calibration."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(home) / "longctx" / "calibration"
+
+
+@cache
+def _load(gpu: Gpu) -> Calibration:
+    for folder, whose in ((user_folder(), "yours"), (data_path("calibration"), "shipped")):
+        file = folder / gpu.name / "constants.toml"
+        if file.is_file():
+            return read_profile(file, gpu.name, whose)
+    return _assumed(gpu)
+
+
+def read_profile(file: Path, gpu: str, whose: str = "given") -> Calibration:
+    """Read a profile file."""
+    data = tomllib.loads(file.read_text(encoding="utf-8"))
+    families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row) for row in data["family"]}
+    return Calibration(gpu, families, float(data.get("common_sigma", 0.0)), f"{data.get('description', gpu)} ({whose} profile)")
+
+
+def _constants(row: dict[str, object]) -> Constants:
+    known = {f.name for f in fields(Constants)}
+    return Constants(**{k: v for k, v in row.items() if k in known})  # type: ignore[arg-type]
+
+
+def _assumed(gpu: Gpu) -> Calibration:
+    """Documented priors, with the GPU's own published matmul ceiling where there is one."""
+    priors = read_profile(data_path("calibration", "priors.toml"), gpu.name, "prior")
+    families = dict(priors.families)
+    for family, constants in priors.families.items():
+        kernel, impl, _ = family
+        if kernel != "gemm":
+            continue
+        for math, attained in gpu.attained.items():
+            share = attained / gpu.peak_flops_per_s(math)
+            note = f"published matmul ceiling, {gpu.sources.get(f'attained.{math}', 'see data/hardware')}"
+            families[kernel, impl, math] = replace(constants, tensor=share, source=note)
+    return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")

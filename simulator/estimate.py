@@ -1,0 +1,271 @@
+"""Where the two sides meet: a model on a layout does a phase on a cluster, and takes so long.
+
+`estimate` answers one question with its rows and interval; `sweep` answers many at once with the same trees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from simulator.calibration import Calibration, Family
+from simulator.dtypes import CacheFormat
+from simulator.footprint import Footprint
+from simulator.hardware import Cluster
+from simulator.model import ModelSpec
+from simulator.parallel import Layout
+from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
+from simulator.timing import Clock, seconds_bound, seconds_expected, seconds_no_overlap
+from simulator.units import Bytes, Count, Flops, Num, Seconds, Tokens
+from simulator.work import ByKernel, Leaf, Row, Rows, Work, fold, quantity
+
+#: Half-width of an 80 % interval in standard deviations.
+Z80 = 1.2815515655446004
+_ORDER = ("measured", "calibrated", "analytic", "assumed")
+
+
+class Engine(Protocol):
+    """What an estimate needs of an engine: the host work of a step."""
+
+    def host(self, phase: Phase) -> Host | None:
+        """Host work of one step, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A time or rate: its value, an 80 % interval, and on what it rests."""
+
+    value: float
+    low: float
+    high: float
+    basis: str
+
+    def scaled(self, factor: float) -> Interval:
+        """The same times a known factor."""
+        return Interval(self.value * factor, self.low * factor, self.high * factor, self.basis)
+
+    def inverse(self, factor: float = 1.0) -> Interval:
+        """factor / this: a rate from a time."""
+        if self.value == 0:
+            return Interval(math.inf, math.inf, math.inf, self.basis)
+        return Interval(factor / self.value, factor / self.high, factor / self.low, self.basis)
+
+    def plus(self, other: Interval) -> Interval:
+        """The sum of two times whose errors are shared: ends add."""
+        basis = max(self.basis, other.basis, key=_ORDER.index)
+        return Interval(self.value + other.value, self.low + other.low, self.high + other.high, basis)
+
+    def overlaps(self, other: Interval) -> bool:
+        """Whether the two cannot be told apart."""
+        return self.low <= other.high and other.low <= self.high
+
+    def document(self) -> dict[str, float | str]:
+        """For JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high, "basis": self.basis}
+
+
+def interval(by_family: Mapping[Family, Num], calibration: Calibration, value: float, lower: float = 0.0) -> Interval:
+    """An 80 % interval of a sum of times by family, in log time.
+
+    sigma^2 = sum over families of (share x sigma_family)^2 + common^2: the error of a family is shared by all its ops
+    and independent between families.  No time lies below its bound, so neither does the low end.
+    Basis: the weakest of the families that make up 5 % of the time or more.
+    """
+    total = sum(float(np.sum(v)) for v in by_family.values())
+    if not total or not value:
+        return Interval(value, value, value, "analytic")
+    variance, basis = calibration.common_sigma**2, "measured"
+    for family, seconds in by_family.items():
+        constants, share = calibration.constants(family), float(np.sum(seconds)) / total
+        variance += (share * constants.sigma) ** 2
+        if share >= 0.05:  # noqa: PLR2004
+            basis = max(basis, constants.basis, key=_ORDER.index)
+    spread = math.exp(Z80 * math.sqrt(variance))
+    return Interval(value, max(value / spread, min(lower, value)), value * spread, basis)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """The answer to one question.
+
+    `lower` is the bound (peak rates, compulsory work), `upper` the calibrated ops with nothing overlapped.
+    Quantities are per GPU, of the critical rank.
+    """
+
+    model: ModelSpec
+    layout: Layout
+    cluster: Cluster
+    phase: Phase
+    lower: Seconds
+    seconds: Interval
+    upper: Seconds
+    flops: Flops
+    model_flops: Flops
+    hbm_bytes: Bytes
+    wire_bytes: Bytes
+    footprint: Footprint
+    rows: list[Row]
+    calibration: Calibration
+    work: Work
+
+    def binding(self) -> str:
+        """What takes the most time: the kernel with the largest share and the resource it waits for."""
+        if not self.rows:
+            return "nothing"
+        clock = Clock(self.cluster, self.calibration)
+        by: dict[str, float] = {}
+        for row in self.rows:
+            by[binding_resource(clock, row.op)] = by.get(binding_resource(clock, row.op), 0.0) + row.seconds
+        resource = max(by, key=by.__getitem__)
+        total = sum(by.values())
+        return f"{_RESOURCE_NAMES[resource]} ({by[resource] / total:.0%} of the time)" if total else "nothing"
+
+
+_RESOURCE_NAMES = {
+    "tensor": "tensor cores", "vector": "vector units", "special": "exponentials", "hbm": "HBM bandwidth",
+    "link": "links", "host": "host", "launch": "kernel launches",
+}  # fmt: skip
+
+
+def binding_resource(clock: Clock, op: Leaf) -> str:
+    """The resource with the largest demand; "launch" where the op's fixed time exceeds it, "link" for messages."""
+    demand = clock.demand(op)
+    resource = max(demand, key=lambda r: float(np.mean(demand[r])))
+    fixed = clock.calibration.constants(op.family).launch_s
+    return "launch" if resource not in ("link", "host") and fixed > float(np.mean(demand[resource])) else resource
+
+
+def estimate(  # noqa: PLR0913 (the question has these parts)
+    model: ModelSpec,
+    cluster: Cluster,
+    layout: Layout,
+    phase: Phase,
+    *,
+    engine: Engine | None = None,
+    calibration: Calibration | None = None,
+    cache: CacheFormat | None = None,
+) -> Estimate:
+    """How long `phase` of `model` takes on `layout` of `cluster`, and what it moves.  Without an engine no host work is
+    added.  Errors: ValueError where the layout breaks a rule of the model or needs more GPUs than there are."""
+    check(model, cluster, layout)
+    calibration = calibration or Calibration.load(cluster.gpu)
+    system = System(model, layout, cache)
+    work = system.work(phase, host=engine.host(phase) if engine else None)
+    clock = Clock(cluster, calibration)
+    lower = float(seconds_bound(work, cluster))
+    value = float(seconds_expected(work, clock))
+    by_family = fold(work, ByKernel(clock.expected))
+    amounts = {name: float(np.sum(fold(work, quantity(name)))) for name in ("flops", "model_flops", "hbm_bytes", "wire_bytes")}
+    return Estimate(
+        model=model, layout=layout, cluster=cluster, phase=phase, lower=lower,
+        seconds=interval(by_family, calibration, value, lower), upper=float(seconds_no_overlap(work, clock)),
+        footprint=_held(system, phase), rows=_merged(fold(work, Rows(clock.expected))), calibration=calibration, work=work,
+        **amounts,
+    )  # fmt: skip
+
+
+def check(model: ModelSpec, cluster: Cluster, layout: Layout) -> None:
+    """Refuse a layout the model forbids, or one larger than the cluster."""
+    for refusal in layout.refusals(model):
+        raise ValueError(refusal)
+    if layout.gpus > cluster.gpus:
+        message = f"layout {layout} needs {int(layout.gpus)} GPUs and there are {cluster.gpus}; lower a degree or raise --gpus"
+        raise ValueError(message)
+
+
+def _held(system: System, phase: Phase) -> Footprint:
+    """What the phase needs resident: caches of its sequences at its context, activations of its step."""
+    if isinstance(phase, Mixed):
+        sequences = sum(float(np.max(s.sequences)) for s in phase.segments)
+        longest = max(float(np.max(s.context)) for s in phase.segments)
+        return system.footprint(sequences=sequences, context=longest, step_tokens=sum(float(np.max(s.tokens)) for s in phase.segments))
+    step = _step_tokens(phase)
+    return system.footprint(sequences=phase.batch, context=phase.context, step_tokens=step, step_context=phase.context)
+
+
+def _step_tokens(phase: Prefill | Decode) -> Tokens:
+    if isinstance(phase, Decode):
+        return phase.batch * phase.new_tokens
+    return phase.context - phase.prefix if phase.chunk is None else np.minimum(phase.chunk, phase.context - phase.prefix)
+
+
+def _merged(rows: list[Row]) -> list[Row]:
+    """Rows of the same op of the same size become one; in order of first appearance."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (row.op.name, row.op.family, float(np.sum(row.op.flops)), float(np.sum(row.op.hbm_bytes)), float(np.sum(row.op.wire_bytes)))
+        if key in found:
+            found[key] = Row(row.op, found[key].count + row.count, found[key].seconds + float(np.sum(row.seconds)))
+        else:
+            found[key] = Row(row.op, row.count, float(np.sum(row.seconds)))
+    return [row for row in found.values() if row.count]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bare:
+    """One cell of a sweep, or an array of them: bound and expected seconds, bytes held."""
+
+    lower: Seconds
+    seconds: Seconds
+    total_bytes: Bytes
+    weight_bytes: Bytes
+    cache_bytes: Bytes
+
+
+def bare(  # noqa: PLR0913
+    model: ModelSpec, cluster: Cluster, layout: Layout, phase: Prefill | Decode, *, calibration: Calibration,
+    engine: Engine | None = None, cache: CacheFormat | None = None, with_footprint: bool = True,
+) -> Bare:  # fmt: skip
+    """Bound, expected time and footprint without rows or interval, for numbers or arrays."""
+    system = System(model, layout, cache)
+    work = system.work(phase, host=engine.host(phase) if engine else None)
+    held = _held(system, phase) if with_footprint else Footprint()
+    return Bare(seconds_bound(work, cluster), seconds_expected(work, Clock(cluster, calibration)), held.total, held.weights, held.cache)
+
+
+#: Cells evaluated together: the arrays of one block stay in the caches of a core.
+BLOCK = 8192
+
+
+def sweep(  # noqa: PLR0913
+    model: ModelSpec, cluster: Cluster, layout: Layout, phase: Prefill | Decode, *,
+    calibration: Calibration | None = None, engine: Engine | None = None, workers: int = 2, block: int = BLOCK,
+    with_footprint: bool = True,
+) -> Bare:  # fmt: skip
+    """`bare` over arrays of any length, block by block on `workers` threads; equal to it cell by cell."""
+    calibration = calibration or Calibration.load(cluster.gpu)
+    cells = max((np.size(v) for v in (*_numbers(layout), *_numbers(phase))), default=1)
+    starts = range(0, cells, block)
+
+    def part(start: int) -> Bare:
+        cut: Callable[[Any], Any] = lambda v: v[start : start + block] if isinstance(v, np.ndarray) else v  # noqa: E731
+        return bare(
+            model, cluster, _map(layout, cut), _map(phase, cut), calibration=calibration, engine=engine,
+            with_footprint=with_footprint,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        parts = list(pool.map(part, starts))
+    sizes = [min(block, cells - start) for start in starts]
+    joined = {
+        f.name: np.concatenate([np.broadcast_to(getattr(p, f.name), (size,)) for p, size in zip(parts, sizes, strict=True)])
+        for f in fields(Bare)
+    }
+    return Bare(**joined)
+
+
+def _numbers(thing: Any) -> list[Any]:
+    return [getattr(thing, f.name) for f in fields(thing) if getattr(thing, f.name) is not None]
+
+
+def _map(thing: Any, function: Callable[[Any], Any]) -> Any:
+    assert is_dataclass(thing)
+    return replace(thing, **{f.name: function(getattr(thing, f.name)) for f in fields(thing)})  # type: ignore[type-var]
+
+
+__all__ = ["Bare", "Count", "Engine", "Estimate", "Interval", "bare", "binding_resource", "check", "estimate", "interval", "sweep"]

@@ -1,0 +1,231 @@
+"""Core attention over segments: causal, windowed, chunked, bidirectional; prefill (tiled over queries) and decode
+(split over keys).
+
+Legend: P cached prefix, C new tokens, t = 1..P+C position (1-indexed), d_k and d_v head widths, e bytes per element.
+A pair is one (query, key) score of one query head.  F(n) is the number of pairs of queries 1..n, so a chunk has
+F(P + C) - F(P) pairs, and a run of r equal chunks has (F(P + rC) - F(P)) / r on average: exact for every mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from simulator.dtypes import BF16, C_BF16, CacheFormat, DType
+from simulator.units import Count, Num, Tokens, floor, maximum, minimum, tri, where
+from simulator.work import Op
+
+
+class Segment(NamedTuple):
+    """`sequences` that each add `new_tokens` after a cached `prefix`.
+
+    `chunks` > 1 makes it a run: the first of that many equal chunks, standing for their mean.  `split_kv` marks few
+    query tokens over a long cache (decode, verification): the kernel splits keys, not queries, over the SMs.
+    """
+
+    sequences: Num
+    new_tokens: Num
+    prefix: Num
+    chunks: Num = 1.0
+    split_kv: bool = False
+
+    @property
+    def mean_prefix(self) -> Tokens:
+        """Cached tokens before a chunk, averaged over the run."""
+        return self.prefix + (self.chunks - 1) * 0.5 * self.new_tokens
+
+    @property
+    def context(self) -> Tokens:
+        """Tokens visible to the last new token, averaged over the run."""
+        return self.mean_prefix + self.new_tokens
+
+    @property
+    def tokens(self) -> Tokens:
+        """New tokens of all sequences."""
+        return self.sequences * self.new_tokens
+
+
+class Mask(Protocol):
+    """Which keys a query sees."""
+
+    def cumulative(self, n: Num) -> Count:
+        """F(n): pairs of queries 1..n."""
+
+    def live(self, segment: Segment) -> Tokens:
+        """Keys some query of the segment sees: what must be read."""
+
+    def stored(self, context: Num) -> Tokens:
+        """Tokens whose rows must be kept to continue after `context` tokens."""
+
+    def keys(self, segment: Segment) -> Tokens:
+        """The most keys one query sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """Every key up to the query itself."""
+
+    def cumulative(self, n: Num) -> Count:
+        """n (n + 1) / 2."""
+        return tri(n)
+
+    def live(self, segment: Segment) -> Tokens:
+        """P + C."""
+        return segment.context
+
+    def stored(self, context: Num) -> Tokens:
+        """All."""
+        return context
+
+    def keys(self, segment: Segment) -> Tokens:
+        """P + C."""
+        return segment.context
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The last `width` keys, the query included (HF convention q - width < k <= q; FlashAttention's left window is
+    width - 1)."""
+
+    width: int
+
+    def cumulative(self, n: Num) -> Count:
+        """Tri(n) if n <= W else Tri(W) + (n - W) W."""
+        full = minimum(n, self.width)
+        return tri(full) + (n - full) * self.width
+
+    def live(self, segment: Segment) -> Tokens:
+        """min(P, W - 1) + C."""
+        return minimum(segment.mean_prefix, self.width - 1) + segment.new_tokens
+
+    def stored(self, context: Num) -> Tokens:
+        """min(t, W): a rolling buffer."""
+        return minimum(context, self.width)
+
+    def keys(self, segment: Segment) -> Tokens:
+        """min(P + C, W)."""
+        return minimum(segment.context, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """Keys of the query's own block of `width` tokens (Llama 4)."""
+
+    width: int
+
+    def cumulative(self, n: Num) -> Count:
+        """floor(n / K) Tri(K) + Tri(n mod K)."""
+        whole = floor(n / self.width)
+        return whole * tri(self.width) + tri(n - whole * self.width)
+
+    def live(self, segment: Segment) -> Tokens:
+        """(P mod K) + C."""
+        prefix = segment.mean_prefix
+        inside = prefix - floor(prefix / self.width) * self.width
+        # over a run whose chunks fill whole blocks the phase repeats: take the pairs' own mean
+        mean_keys = pairs(self, segment) / maximum(segment.new_tokens, 1.0)
+        by_pairs = maximum(mean_keys - 0.5 * (segment.new_tokens + 1), 0.0)
+        return where(segment.chunks > 1, by_pairs, inside) + segment.new_tokens
+
+    def stored(self, context: Num) -> Tokens:
+        """At most K: the bound a server must plan for (the live count is a sawtooth 1..K)."""
+        return minimum(context, self.width)
+
+    def keys(self, segment: Segment) -> Tokens:
+        """min(P + C, K)."""
+        return minimum(segment.context, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Bidirectional:
+    """Every key, earlier or later (encoders)."""
+
+    def cumulative(self, n: Num) -> Count:
+        """n squared: only meaningful from an empty prefix."""
+        return n * n
+
+    def live(self, segment: Segment) -> Tokens:
+        """P + C."""
+        return segment.context
+
+    def stored(self, context: Num) -> Tokens:  # noqa: ARG002 (an encoder keeps nothing)
+        """Nothing is kept."""
+        return 0.0
+
+    def keys(self, segment: Segment) -> Tokens:
+        """P + C."""
+        return segment.context
+
+
+def pairs(mask: Mask, segment: Segment) -> Count:
+    """Pairs per query head and sequence: (F(P + rC) - F(P)) / r.
+
+    >>> pairs(Causal(), Segment(1, 8192, 122880))
+    1040191488.0
+    >>> pairs(Window(4096), Segment(1, 131072, 0))
+    528484352.0
+    """
+    if type(mask) is Causal:  # the same, without cancellation of large numbers
+        return segment.new_tokens * segment.mean_prefix + tri(segment.new_tokens)
+    if type(mask) is Bidirectional:
+        return segment.new_tokens * segment.context
+    end = segment.prefix + segment.chunks * segment.new_tokens
+    return (mask.cumulative(end) - mask.cumulative(segment.prefix)) / segment.chunks
+
+
+def attention(  # noqa: PLR0913 (extents and formats are what attention is)
+    name: str,
+    segment: Segment,
+    *,
+    heads: Num,
+    kv_heads: Num,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    mask: Mask | None = None,
+    dtype: DType = BF16,
+    cache: CacheFormat = C_BF16,
+    impl: str = "",
+    backward: bool = False,
+    learned_sinks: bool = False,
+) -> Op:
+    """Softmax(Q K^T) V of one segment.
+
+    forward: flops = 2 heads (d_k + d_v) pairs; one exponential per pair (one more per row with a learned sink).
+    backward: model 2 x forward, executed 2 heads (3 d_k + 2 d_v) pairs (scores recomputed, dV, dP, dQ, dK).
+    bytes, each once: Q and O for new tokens, K and V rows of all live keys in the cache's format, LSE (fp32); backward
+    adds dO, dQ, dK, dV.  Grouping of heads changes the bytes, never the flops.
+    Neglected: masks of documents, dropout.  Source: FORMULAS 1.2, 3.3, 3.4; FlashAttention-2 (2307.08691) section 3.
+
+    >>> attention("core", Segment(1, 131072, 0), heads=64, kv_heads=8, head_dim=128).tensor_flops
+    281477124194304.0
+    """
+    mask = mask or Causal()
+    d_k, d_v = head_dim, v_head_dim or head_dim
+    scored = segment.sequences * pairs(mask, segment)
+    tokens, live = segment.tokens, segment.sequences * mask.live(segment)
+    forward = 2 * heads * (d_k + d_v) * scored
+    row_bytes = kv_heads * (d_k + d_v) * ((cache.bits + cache.scale_bits / cache.block) / 8)
+    io_bytes = tokens * heads * (d_k + d_v) * dtype.bytes
+    hbm = io_bytes + live * row_bytes
+    lse = 4.0 * tokens * heads
+    saved = io_bytes + tokens * kv_heads * (d_k + d_v) * dtype.bytes + lse
+    shape = {
+        "sequences": segment.sequences, "tokens": segment.new_tokens, "context": segment.context, "heads": heads,
+        "kv_heads": kv_heads, "head_dim": d_k, "v_head_dim": d_v, "pairs": scored, "keys": mask.keys(segment),
+        "live": live, "row_bytes": row_bytes,
+    }  # fmt: skip
+    kernel = "decode_attention" if segment.split_kv else "attention"
+    if not backward:
+        extra = tokens * heads if learned_sinks else 0.0
+        return Op(
+            name, kernel, impl, dtype.name, tensor_flops=forward, vector_flops=5 * heads * scored,
+            exponentials=heads * scored + extra, model_flops=forward, hbm_bytes=hbm, shape=shape, live_bytes=io_bytes,
+            saved_bytes=saved,
+        )  # fmt: skip
+    executed = 2 * heads * (3 * d_k + 2 * d_v) * scored
+    return Op(
+        name, "attention_backward", impl, dtype.name, tensor_flops=executed, vector_flops=8 * heads * scored,
+        exponentials=heads * scored, model_flops=2 * forward,
+        hbm_bytes=2 * io_bytes + tokens * heads * d_v * dtype.bytes + 2 * live * row_bytes + lse,
+        shape=shape, live_bytes=2 * io_bytes, saved_bytes=-saved,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Kernels that stream rows through memory: norms, rotary, activations, gathers, copies."""
+
+from __future__ import annotations
+
+from simulator.dtypes import BF16, INT8, DType
+from simulator.units import Num
+from simulator.work import Op
+
+
+def elementwise(  # noqa: PLR0913
+    name: str,
+    *,
+    rows: Num,
+    read: Num,
+    written: Num,
+    impl: str,
+    dtype: DType = BF16,
+    flops_per_element: float = 4.0,
+    saved_bytes: Num = 0.0,
+) -> Op:
+    """`rows` rows that read and write so many elements each.
+
+    bytes = rows (read + written) e; vector flops = flops_per_element x rows x read: never the limit.
+    Source: FORMULAS 1.20 ("charge bytes, not FLOPs").
+    """
+    moved = rows * (read + written) * dtype.bytes
+    flops = flops_per_element * rows * read
+    return Op(
+        name, "elementwise", impl, dtype.name, vector_flops=flops, hbm_bytes=moved, shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes},
+        live_bytes=moved, saved_bytes=saved_bytes,
+    )  # fmt: skip
+
+
+def norm(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
+    """RMSNorm fused with the residual addition: read x and residual, write both (4 width elements).
+
+    Keeps the residual and its output for backward.
+    """
+    saved = tokens * (2 * width) * dtype.bytes
+    return elementwise(name, rows=tokens, read=2 * width, written=2 * width, impl="norm", dtype=dtype, saved_bytes=saved)
+
+
+def activation(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
+    """Gated activation: read gate and up (kept for backward), write the product."""
+    saved = tokens * (2 * width) * dtype.bytes
+    return elementwise(name, rows=tokens, read=2 * width, written=width, impl="activation", dtype=dtype, saved_bytes=saved)
+
+
+def backward(op: Op) -> Op:
+    """The gradient of an elementwise op: reads its inputs and the incoming gradient, frees what it saved."""
+    return elementwise(
+        f"{op.name} backward", rows=1.0, read=op.hbm_bytes, written=op.hbm_bytes * 0.5, impl=op.impl, dtype=INT8,
+        saved_bytes=-op.saved_bytes, flops_per_element=2.0,
+    )  # fmt: skip
+
+
+def rotary(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
+    """Rotate queries and keys in place: read and write `width` elements."""
+    return elementwise(name, rows=tokens, read=width, written=width, impl="rotary", dtype=dtype, flops_per_element=3.0)
+
+
+def copy(name: str, *, rows: Num, width: Num, dtype: DType = BF16) -> Op:
+    """Read and write `width` elements: gathers, cache writes, permutations."""
+    return elementwise(name, rows=rows, read=width, written=width, impl="copy", dtype=dtype, flops_per_element=0.0)

@@ -1,0 +1,154 @@
+"""Multi-head latent attention (DeepSeek-V2/V3, Kimi-K2).
+
+Legend: D hidden_size, n heads, r_q q_lora_rank, r kv_lora_rank, d_n qk_nope_head_dim, d_r qk_rope_head_dim,
+d_v v_head_dim, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulator.dtypes import BF16, C_BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
+from simulator.kernels.attention import Causal, Mask, Segment, attention
+from simulator.kernels.elementwise import backward, copy, norm, rotary
+from simulator.kernels.gemm import gemm, gemm_backward
+from simulator.kernels.latent_attention import crossover_tokens, latent_attention
+from simulator.layers.layer import Direction, Module, Slice, cached_bytes, shared_share
+from simulator.units import Bytes, Num, Tokens
+from simulator.work import Select, Serial, Work
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """MLA: queries through r_q (or straight, q_lora_rank None), keys and values through a shared latent of r + d_r.
+
+    Parameters: D r_q + r_q n (d_n + d_r) + D (r + d_r) + r n (d_n + d_v) + n d_v D.  The two down-projections, their
+    norms and the cache are held whole by every rank of a tensor-parallel group.
+    Decode absorbs W_UK and W_UV into query and output; a prefill chunk re-expands keys and values of everything it
+    sees, P + C tokens, unless it is shorter than the crossover.  Source: FORMULAS 1.4.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    mask: Mask = Causal()  # noqa: RUF009 (frozen)
+    weight: WeightFormat = W_BF16
+    gathers_past = True
+
+    def whole(self, segments: tuple[Segment, ...]) -> Slice:
+        """All heads; one latent row, which no head split divides."""
+        return Slice(segments, heads=float(self.num_attention_heads), kv_heads=1.0)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """d_n + d_r."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def modules(self, held: Slice) -> Sequence[Module]:
+        """Down-projections are replicated."""
+        width, latent = self.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim
+        query_in = self.q_lora_rank or width
+        found = [
+            Module("q_b_proj" if self.q_lora_rank else "q_proj", held.heads * (query_in * self.qk_head_dim), self.weight),
+            Module("kv_a_proj", float(width * latent), self.weight, replicated=True),
+            Module("kv_b_proj", held.heads * (self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)), self.weight),
+            Module("o_proj", held.heads * (self.v_head_dim * width), self.weight),
+            Module("input_layernorm", float(width), W_BF16, replicated=True),
+            Module("kv_a_layernorm", float(self.kv_lora_rank), W_BF16, replicated=True),
+        ]
+        if self.q_lora_rank:
+            found.append(Module("q_a_proj", float(width * self.q_lora_rank), self.weight, replicated=True))
+            found.append(Module("q_a_layernorm", float(self.q_lora_rank), W_BF16, replicated=True))
+        return found
+
+    def cache_row(self, held: Slice) -> CacheRow:  # noqa: ARG002 (the same on every rank)
+        """r + d_r, whatever the number of heads."""
+        return CacheRow(float(self.kv_lora_rank), float(self.qk_rope_head_dim), latent=True)
+
+    def stored_tokens(self, context: Num) -> Tokens:
+        """What the mask keeps."""
+        return self.mask.stored(context)
+
+    def state_bytes(self, held: Slice, cache: CacheFormat) -> Bytes:
+        """Sum over segments: sequences x stored tokens x row."""
+        return cached_bytes(self, held, cache)
+
+    def query_elements(self, held: Slice) -> Num:
+        """Absorbed queries: n (r + d_r)."""
+        return held.heads * (self.kv_lora_rank + self.qk_rope_head_dim)
+
+    def output_elements(self, held: Slice) -> Num:
+        """Absorbed outputs: n r."""
+        return held.heads * self.kv_lora_rank
+
+    def work(self, held: Slice, direction: Direction = Direction.FORWARD, *, cache: CacheFormat) -> Work:
+        """norm, down-projections, latent norm, query up-projection, rotary, cache write, core, o."""
+        tokens, width = held.tokens, float(self.hidden_size)
+        latent = float(self.kv_lora_rank + self.qk_rope_head_dim)
+        down = latent + (self.q_lora_rank or 0)
+        query = {"m": tokens, "n": held.heads * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
+        first = norm("attention norm", tokens=tokens, width=width)
+        inner = norm("latent norm", tokens=tokens, width=down / 2)
+        turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * self.qk_rope_head_dim)
+        down_size = {"m": tokens, "n": down, "k": width}
+        o_size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
+        if direction is Direction.BACKWARD:
+            return Serial([
+                gemm_backward("o", **o_size, weight=self.weight),
+                *(self._expanded(held, segment, C_BF16, is_backward=True) for segment in held.segments),
+                backward(turned), gemm_backward("q up", **query, weight=self.weight), backward(inner),
+                gemm_backward("q kv down", **down_size, weight=self.weight), backward(first),
+            ])  # fmt: skip
+        return Serial([
+            first, gemm("q kv down", **down_size, weight=self.weight), inner,
+            gemm("q up", **query, weight=self.weight), turned, copy("cache write", rows=tokens, width=latent),
+            *(self._core(held, segment, cache) for segment in held.segments),
+            gemm("o", **o_size, weight=self.weight),
+        ])  # fmt: skip
+
+    def _core(self, held: Slice, segment: Segment, cache: CacheFormat) -> Work:
+        """Absorbed for decode and for chunks below the crossover, else expanded."""
+        if segment.split_kv:
+            return self._absorbed(held, segment, cache)
+        below = segment.new_tokens < crossover_tokens(
+            kv_lora_rank=self.kv_lora_rank, nope=self.qk_nope_head_dim, v_head_dim=self.v_head_dim
+        )
+        if not np.any(below):
+            return self._expanded(held, segment, cache)
+        return Select(below, self._absorbed(held, segment, cache), self._expanded(held, segment, cache))
+
+    def _absorbed(self, held: Slice, segment: Segment, cache: CacheFormat) -> Work:
+        """W_UK into the query, the multi-query core, W_UV after it: 2 r n (d_n + d_v) per new token."""
+        shared = segment.split_kv
+        rows = segment.tokens * held.heads
+        return Serial([
+            gemm("absorb k", m=rows, n=float(self.kv_lora_rank), k=float(self.qk_nope_head_dim), weight=W_BF16),
+            latent_attention(
+                "core", shared_share(segment, held.cache_ranks) if shared else segment,
+                heads=held.heads * held.cache_ranks if shared else held.heads, kv_lora_rank=self.kv_lora_rank,
+                rope_head_dim=self.qk_rope_head_dim, mask=self.mask, cache=cache,
+            ),
+            gemm("absorb v", m=rows, n=float(self.v_head_dim), k=float(self.kv_lora_rank), weight=W_BF16),
+        ])  # fmt: skip
+
+    def _expanded(self, held: Slice, segment: Segment, cache: CacheFormat, *, is_backward: bool = False) -> Work:
+        """Keys and values of every visible token made from its latent, then a core of d_n + d_r and d_v."""
+        size = {
+            "m": segment.sequences * self.mask.live(segment),
+            "n": held.heads * (self.qk_nope_head_dim + self.v_head_dim), "k": float(self.kv_lora_rank),
+        }  # fmt: skip
+        core = attention(
+            "core", segment, heads=held.heads, kv_heads=held.heads, head_dim=self.qk_head_dim,
+            v_head_dim=self.v_head_dim, mask=self.mask, dtype=BF16, cache=C_BF16, backward=is_backward,
+        )  # fmt: skip
+        if is_backward:
+            return Serial([core, gemm_backward("kv up", **size, weight=self.weight)])
+        del cache
+        return Serial([gemm("kv up", **size, weight=self.weight), core])

@@ -1,0 +1,134 @@
+"""A model: embeddings and an ordered run of blocks.  Heterogeneous stacks are the normal case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from simulator.dtypes import C_BF16, CacheFormat, CacheRow, WeightFormat
+from simulator.kernels.attention import Segment
+from simulator.layers.embedding import Embedding, Head
+from simulator.layers.layer import Layer, Mixer, parameters, weight_bytes
+from simulator.units import Bytes, Count, Num
+
+Block = tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a model claims to read: `declared_tokens` by its config, `trained_tokens` before its rotary scaling.
+
+    `rope` is what the config says of rotary scaling, as it says it.
+    """
+
+    declared_tokens: int | None = None
+    trained_tokens: int | None = None
+    rope: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """`blocks` is the stack from the bottom as (count, layers): runs of equal blocks.
+
+    `warnings` name what a config said that is not modelled, with its bounded effect.
+    """
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    blocks: tuple[tuple[int, Block], ...]
+    embedding: Embedding
+    head: Head
+    cache: CacheFormat = C_BF16
+    reach: Reach = Reach()  # noqa: RUF009 (frozen)
+    model_type: str = ""
+    quantization: str = "none"
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def kinds(self) -> tuple[Block, ...]:
+        """The distinct blocks, in order of first appearance."""
+        return tuple(dict.fromkeys(block for _, block in self.blocks))
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The kind of every block from the bottom up."""
+        index = {block: k for k, block in enumerate(self.kinds)}
+        return tuple(index[block] for count, block in self.blocks for _ in range(count))
+
+    @cached_property
+    def cumulative(self) -> list[npt.NDArray[np.int64]]:
+        """For each kind, how many of it lie below layer i, for i = 0..L."""
+        order = np.array(self.order)
+        return [np.concatenate([[0], np.cumsum(order == k)]) for k in range(len(self.kinds))]
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The distinct layers of the stack."""
+        return tuple(dict.fromkeys(layer for block in self.kinds for layer in block))
+
+    @cached_property
+    def counted(self) -> tuple[tuple[int, Layer], ...]:
+        """Every layer with how often it occurs, both ends included."""
+        counts: dict[Layer, int] = {}
+        for count, block in self.blocks:
+            for layer in block:
+                counts[layer] = counts.get(layer, 0) + count
+        return ((1, self.embedding), *((n, layer) for layer, n in counts.items()), (1, self.head))
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks in the stack."""
+        return len(self.order)
+
+    @property
+    def mixers(self) -> list[tuple[int, Mixer]]:
+        """The layers that remember tokens, with their counts."""
+        return [(count, layer) for count, layer in self.counted if isinstance(layer, Mixer)]
+
+    def parameters(self) -> Count:
+        """All weights of the text model."""
+        return sum(count * parameters(layer, layer.whole(_NOTHING)) for count, layer in self.counted)
+
+    def weight_bytes(self) -> Bytes:
+        """All weights in their checkpoint formats."""
+        return sum(count * weight_bytes(layer, layer.whole(_NOTHING)) for count, layer in self.counted)
+
+    def cache_bytes(self, context: Num, cache: CacheFormat | None = None) -> Bytes:
+        """What the architecture must remember of one sequence of `context` tokens."""
+        total: Bytes = 0.0
+        for count, layer in self.mixers:
+            total = total + count * layer.state_bytes(layer.whole((Segment(1.0, 0.0, context),)), cache or self.cache)
+        return total
+
+    def cache_slope(self, context: Num, cache: CacheFormat | None = None) -> Bytes:
+        """Bytes one more token adds at `context`."""
+        return self.cache_bytes(context + 1, cache) - self.cache_bytes(context, cache)
+
+    def rows(self, cache: CacheFormat | None = None) -> list[tuple[int, Mixer, CacheRow, Bytes]]:
+        """Per kind of mixer: count, layer, row and bytes of a row."""
+        found = []
+        for count, layer in self.mixers:
+            row = layer.cache_row(layer.whole(_NOTHING))
+            found.append((count, layer, row, (cache or self.cache).row_bytes(row)))
+        return found
+
+    def with_formats(self, *, weight: WeightFormat | None = None, cache: CacheFormat | None = None) -> ModelSpec:
+        """The same architecture stored otherwise: linear layers in `weight`, embeddings and head untouched."""
+        blocks = self.blocks
+        if weight is not None:
+            changed = {layer: _stored(layer, weight) for layer in self.layers}
+            blocks = tuple((count, tuple(changed[layer] for layer in block)) for count, block in self.blocks)
+        return replace(self, blocks=blocks, cache=cache or self.cache)
+
+
+def _stored(layer: Layer, weight: WeightFormat) -> Layer:
+    names = [name for name in ("weight", "expert_weight") if hasattr(layer, name)]
+    changed: Layer = replace(layer, **dict.fromkeys(names, weight))  # type: ignore[type-var]
+    return changed
+
+
+_NOTHING = (Segment(0.0, 0.0, 0.0),)

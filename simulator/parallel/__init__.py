@@ -1,0 +1,6 @@
+"""How a model, its tokens and its cache are split: one file per scheme, composed by `Layout`."""
+
+from simulator.parallel.layout import REGISTRY, Layout, RankClass
+from simulator.parallel.scheme import Scheme
+
+__all__ = ["REGISTRY", "Layout", "RankClass", "Scheme"]

@@ -1,0 +1,122 @@
+"""A layout is an ordered composition of schemes with degrees.
+
+Rank order, innermost first: tensor, pipeline, attention-data, data.  Decode-context and expert groups lie inside the
+tensor and the tensor x attention-data group.  GPUs = tp x pp x dp_attention x dp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+
+from simulator.dtypes import CacheFormat
+from simulator.footprint import Footprint
+from simulator.kernels.attention import Segment
+from simulator.layers.layer import Layer, Slice
+from simulator.model import ModelSpec
+from simulator.parallel.attention_data import AttentionData
+from simulator.parallel.data import Data
+from simulator.parallel.decode_context import DecodeContext
+from simulator.parallel.expert import Expert
+from simulator.parallel.pipeline import Pipeline, Stage
+from simulator.parallel.scheme import Scheme
+from simulator.parallel.tensor import Tensor
+from simulator.units import Num
+from simulator.work import Work
+
+#: Order of sharding: what splits requests first, then experts (they decide who splits widths), then widths, then caches.
+REGISTRY: tuple[type[Scheme], ...] = (Data, AttentionData, Expert, Tensor, DecodeContext, Pipeline)
+
+
+class RankClass(NamedTuple):
+    """Ranks that do the same: a stage of the pipeline (its busiest expert rank, its busiest replica)."""
+
+    name: str
+    stage: Stage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Degrees of each scheme, numbers or arrays.  `hidden_size` is set when a model is placed on it."""
+
+    tp: Num = 1
+    pp: Num = 1
+    dp: Num = 1
+    ep: Num = 1
+    dcp: Num = 1
+    dp_attention: Num = 1
+    hidden_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse degrees that are not positive integers."""
+        for field in fields(self)[:-1]:
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                continue
+            if isinstance(value, bool) or value != int(value) or value < 1:
+                flag = field.name.replace("_", "-")
+                message = f"--{flag} {value}: a degree is a positive integer"
+                raise ValueError(message)
+
+    @property
+    def gpus(self) -> Num:
+        """Product of the degrees that need their own GPUs."""
+        return self.tp * self.pp * self.dp * self.dp_attention
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """The composition, in order of sharding."""
+        return [scheme(self) for scheme in REGISTRY]
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The scheme that makes stages."""
+        return Pipeline(self)
+
+    def place(self, model: ModelSpec) -> Layout:
+        """This layout, told the width of the model's residual stream."""
+        return Layout(self.tp, self.pp, self.dp, self.ep, self.dcp, self.dp_attention, model.hidden_size)
+
+    def shard(self, layer: Layer, segments: tuple[Segment, ...]) -> Slice:
+        """What one rank holds of `layer` when the whole system runs `segments`."""
+        held = layer.whole(segments)
+        for scheme in self.schemes:
+            held = scheme.shard(held, layer)
+        return held
+
+    def work(self, layer: Layer, held: Slice, cache: CacheFormat, **direction: object) -> Work:
+        """The layer's work on one rank with every scheme's messages around it."""
+        work: Work = layer.work(held, cache=cache, **direction)  # type: ignore[arg-type]
+        for scheme in self.schemes:
+            work = scheme.around(work, layer, held, cache)
+        return work
+
+    def ranks(self, model: ModelSpec) -> list[RankClass]:
+        """The distinct rank classes.  Memory and time are maxima over them, never means."""
+        found: list[RankClass] = []
+        seen: set[tuple[object, ...]] = set()
+        for stage in self.pipeline.stages(model):
+            key = (*stage.counts, stage.first, stage.last) if isinstance(self.pp, (int, float)) else (stage.index,)
+            if key not in seen:
+                seen.add(key)
+                name = "only" if stage.index == 0 and np.all(self.pp == 1) else f"stage {stage.index}"
+                found.append(RankClass(name, stage))
+        return found
+
+    def refusals(self, model: ModelSpec) -> Iterator[str]:
+        """Every rule the model breaks on this layout."""
+        for scheme in self.schemes:
+            yield from scheme.refusals(model)
+
+    def footprint(self, parts: list[Footprint]) -> Footprint:
+        """The part of a uniform machine that must hold the most demanding rank."""
+        return max(parts, key=lambda part: float(np.max(part.total)))
+
+    def __str__(self) -> str:
+        """TP8 x PP2, leaving out degrees of one."""
+        names = [("TP", self.tp), ("PP", self.pp), ("DP-attention", self.dp_attention), ("DP", self.dp), ("EP", self.ep), ("DCP", self.dcp)]
+        shown = [f"{name}{int(degree)}" for name, degree in names if not isinstance(degree, np.ndarray) and degree > 1]
+        return " x ".join(shown[:4]) + (" + " if shown[4:] else "") + " + ".join(shown[4:]) if shown else "one GPU"

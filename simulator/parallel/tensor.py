@@ -1,0 +1,85 @@
+"""Tensor parallelism: heads, widths and vocabulary split over t ranks; one all-reduce after each layer.
+
+Payload T D e per all-reduce (FORMULAS 5.2).  Replicated: norms, routers, latent down-projections, and key-value heads
+when t exceeds their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from simulator.dtypes import BF16, CacheFormat
+from simulator.kernels.messages import message
+from simulator.layers import Attention, GatedMLP, Head, LatentAttention, MoE
+from simulator.layers.layer import Layer, Slice
+from simulator.model import ModelSpec
+from simulator.parallel.scheme import Scheme, divisors, is_one
+from simulator.units import maximum, minimum, where
+from simulator.work import Group, Serial, Work
+
+
+class Tensor(Scheme):
+    """`tp` ranks share every layer."""
+
+    field = "tp"
+
+    def shard(self, held: Slice, layer: Layer) -> Slice:
+        """heads / t, max(1, kv_heads / t), width / t; experts keep their width where expert ranks split their number."""
+        t = self.degree
+        if is_one(t):
+            return held
+        if isinstance(layer, (Attention, LatentAttention)):
+            return replace(held, heads=held.heads / t, kv_heads=maximum(held.kv_heads / t, 1.0), tensor_ranks=t)
+        if isinstance(layer, MoE):
+            width = where(held.expert_ranks > 1, held.intermediate, held.intermediate / t)
+            return replace(held, intermediate=width, tensor_ranks=t)
+        if isinstance(layer, GatedMLP):
+            return replace(held, intermediate=held.intermediate / t, tensor_ranks=t)
+        return replace(held, vocabulary=held.vocabulary / t, tensor_ranks=t)
+
+    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat) -> Work:  # noqa: ARG002
+        """All-reduce of the layer's output; all-gather of the logits.
+
+        Experts reached by an all-to-all return whole rows to the rank that asked, which holds 1 / t of the tokens:
+        an all-gather restores the rest.
+        """
+        if is_one(self.degree):
+            return work
+        group = Group("tp", self.degree)
+        payload = held.tokens * (self.layout.hidden_size * BF16.bytes)
+        if isinstance(layer, Head):
+            logits = held.sequences * held.vocabulary * held.tensor_ranks * BF16.bytes
+            return Serial([work, message("gather logits", "all_gather", group=group, payload_bytes=logits)])
+        if isinstance(layer, MoE) and not is_one(self.layout.dp_attention):
+            return Serial([work, message("gather tokens", "all_gather", group=group, payload_bytes=payload)])
+        return Serial([work, message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload)])
+
+    def refusals(self, model: ModelSpec) -> Iterator[str]:
+        """Heads and widths must divide; key-value heads divide or are replicated evenly."""
+        t = int(self.degree)
+        for layer in model.layers:
+            if isinstance(layer, (Attention, LatentAttention)):
+                heads = layer.num_attention_heads
+                if heads % t:
+                    yield f"--tp {t}: {model.name} has {heads} attention heads; use a divisor: {divisors(heads)}"
+                    return
+            if isinstance(layer, Attention):
+                shared = layer.num_key_value_heads
+                if max(shared, t) % min(shared, t):
+                    yield f"--tp {t}: {model.name} has {shared} key-value heads; the degree must divide them or be a multiple"
+                    return
+            if isinstance(layer, (GatedMLP, MoE)):
+                width = layer.intermediate_size if isinstance(layer, GatedMLP) else layer.moe_intermediate_size
+                split_experts = isinstance(layer, MoE) and self.layout.ep > 1
+                if width % t and not split_experts:
+                    yield f"--tp {t}: width {width} of {model.name}'s feed-forward does not divide by {t}"
+                    return
+                block = layer.expert_weight.block if isinstance(layer, MoE) else layer.weight.block
+                side = int(minimum(block, 128))
+                if block > 1 and not split_experts and (width // t) % side:
+                    yield (
+                        f"--tp {t}: {width} / {t} = {width // t} splits the {side}-wide scale blocks of {model.name}; "
+                        f"use a smaller degree, or --ep to split experts instead"
+                    )
+                    return

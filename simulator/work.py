@@ -1,0 +1,524 @@
+"""A model on a machine is a tree of ops; every answer is a fold over it.
+
+Leaves are `Op` (one kernel on one GPU) and `Message` (one transfer of one GPU with its group).  Branches are
+`Serial`, `Overlap`, `Repeat`, `Select` and `Pipeline`.  `fold(work, algebra)` is the only evaluator: an `Algebra`
+says what a leaf is worth and how values combine.  The algebras here know no GPU; those that turn work into seconds
+take the leaf's time as a function (`simulator.timing` makes it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, where
+
+RESOURCES = ("tensor", "vector", "special", "hbm", "link", "host")
+
+
+@dataclass(slots=True, eq=False)
+class Op:
+    """The work of one kernel on one GPU.
+
+    Executed work by pipe: `tensor_flops` at the rate of `math`, `vector_flops` on the fp32 pipes, `exponentials` on
+    the special-function units.  `model_flops` is the useful part (backward = 2 x forward, no recompute, no padding).
+    `hbm_bytes` is compulsory traffic: every operand once.  `shape` holds the kernel's own extents, from which the
+    time side works out tiles and re-reads.  `live_bytes` are the activations that exist while it runs, `saved_bytes`
+    those kept for backward.
+    """
+
+    name: str
+    kernel: str
+    impl: str = ""
+    math: str = "bf16"
+    tensor_flops: Flops = 0.0
+    vector_flops: Flops = 0.0
+    exponentials: Count = 0.0
+    model_flops: Flops = 0.0
+    hbm_bytes: Bytes = 0.0
+    shape: Mapping[str, Num] = field(default_factory=dict)
+    live_bytes: Bytes = 0.0
+    saved_bytes: Bytes = 0.0
+    wire_bytes: Bytes = 0.0
+    launches: Count = 1.0
+
+    @property
+    def flops(self) -> Flops:
+        """Executed matrix and vector work."""
+        return self.tensor_flops + self.vector_flops
+
+    @property
+    def family(self) -> tuple[str, str, str]:
+        """What is calibrated together: kernel, implementation and element type."""
+        return (self.kernel, self.impl, self.math)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Group:
+    """The ranks that take part in a message: their number and the distance between neighbours in rank order."""
+
+    name: str
+    ranks: Num
+    stride: Num = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """One GPU's part in a collective or a send.
+
+    `payload_bytes` follows nccl-tests: the tensor of an all-reduce, the gathered whole of an all-gather or
+    reduce-scatter, everything one rank holds for all ranks in an all-to-all, the buffer of a send.
+    `wire_bytes` is what this rank puts on the wire under the ring (or direct) algorithm.
+    """
+
+    name: str
+    pattern: str
+    group: Group
+    payload_bytes: Bytes
+    wire_bytes: Bytes
+    kernel: str = "message"
+    math: str = ""
+    tensor_flops: Flops = 0.0
+    vector_flops: Flops = 0.0
+    exponentials: Count = 0.0
+    model_flops: Flops = 0.0
+    flops: Flops = 0.0
+    hbm_bytes: Bytes = 0.0
+    live_bytes: Bytes = 0.0
+    saved_bytes: Bytes = 0.0
+    launches: Count = 1.0
+
+    @property
+    def impl(self) -> str:
+        """Messages are calibrated by pattern."""
+        return self.pattern
+
+    @property
+    def family(self) -> tuple[str, str, str]:
+        """What is calibrated together."""
+        return (self.kernel, self.pattern, self.math)
+
+
+@dataclass(slots=True, eq=False)
+class Serial:
+    """One after the other."""
+
+    parts: Sequence[Work]
+
+
+@dataclass(slots=True, eq=False)
+class Overlap:
+    """Together; they share the resources they both use."""
+
+    parts: Sequence[Work]
+
+
+@dataclass(slots=True, eq=False)
+class Repeat:
+    """`work`, `count` times.  With `runs`, the leading axis of `count` enumerates runs of equal steps whose
+    quantities may differ along that axis, and the value is the sum over it."""
+
+    count: Num
+    work: Work
+    runs: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Select:
+    """`a` where an engine's or a paper's rule holds, else `b`.  Never "whichever is faster": that is two plans."""
+
+    mask: Any
+    a: Work
+    b: Work
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """`count` equal microbatches through the stages of a pipeline (`runs` as in `Repeat`)."""
+
+    count: Num
+    stages: Sequence[Work]
+    runs: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Pipeline:
+    """Microbatches through stages, forward only.
+
+    For m equal microbatches and stage times t_s the makespan is sum(t_s) + (m - 1) max(t_s), exact (permutation flow
+    shop).  For a sequence of flows the drain is that of the longest microbatch: exact when stages are equal, else an
+    upper bound by at most the difference in drain of the longest and the shortest microbatch.
+    """
+
+    flows: Sequence[Flow]
+
+
+Leaf = Op | Message
+Work = Op | Message | Serial | Overlap | Repeat | Select | Pipeline
+
+
+class Algebra(Protocol):
+    """What a tree is worth: one method per kind of node."""
+
+    def leaf(self, op: Leaf) -> Any:
+        """Value of one op."""
+
+    def serial(self, values: list[Any]) -> Any:
+        """Value of parts one after the other."""
+
+    def overlap(self, parts: Sequence[Work], values: list[Any]) -> Any:
+        """Value of parts together."""
+
+    def repeat(self, count: Num, value: Any, *, runs: bool) -> Any:
+        """Value of `count` repetitions."""
+
+    def select(self, mask: Any, a: Any, b: Any) -> Any:
+        """Value of the branch taken."""
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[Any]]) -> Any:
+        """Value of a pipeline, `values[flow][stage]`."""
+
+
+def fold(work: Work, algebra: Algebra) -> Any:
+    """Evaluate `work` under `algebra`; a node that occurs several times is evaluated once."""
+    seen: dict[int, Any] = {}
+
+    def value(node: Work) -> Any:
+        key = id(node)
+        if key in seen:
+            return seen[key]
+        kind = type(node)
+        if kind is Op or kind is Message:
+            result = algebra.leaf(node)
+        elif kind is Serial:
+            result = algebra.serial([value(part) for part in node.parts])
+        elif kind is Repeat:
+            result = algebra.repeat(node.count, value(node.work), runs=node.runs)
+        elif kind is Overlap:
+            result = algebra.overlap(node.parts, [value(part) for part in node.parts])
+        elif kind is Select:
+            if type(node.mask) in (bool, np.bool_):
+                result = value(node.a if node.mask else node.b)
+            else:
+                result = algebra.select(node.mask, value(node.a), value(node.b))
+        else:
+            result = algebra.pipeline(node.flows, [[value(stage) for stage in flow.stages] for flow in node.flows])
+        seen[key] = result
+        return result
+
+    return value(work)
+
+
+def _sum(values: Sequence[Num]) -> Num:
+    """Sum, adding values of few axes first, so that broadcasting happens once."""
+    plain: Num = 0.0
+    arrays: dict[int, Num] = {}
+    for value in values:
+        if type(value) is float or type(value) is int:
+            plain += value
+        else:
+            axes = np.ndim(value)
+            arrays[axes] = arrays[axes] + value if axes in arrays else value
+    for axes in sorted(arrays):
+        plain = arrays[axes] + plain if type(plain) is not float or plain != 0.0 else arrays[axes]
+    return plain
+
+
+def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
+    if not runs:
+        return count * value
+    if np.ndim(value) < np.ndim(count):
+        return np.sum(count, axis=0) * value
+    return np.sum(count * value, axis=0)
+
+
+def _largest(values: Sequence[Num]) -> Num:
+    result = values[0]
+    for value in values[1:]:
+        result = maximum(result, value)
+    return result
+
+
+class Quantity:
+    """Sum of an attribute of the ops; of a pipeline, that of the rank with the most."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def leaf(self, op: Leaf) -> Num:
+        """The attribute itself."""
+        value: Num = getattr(op, self.name)
+        return value
+
+    def serial(self, values: list[Num]) -> Num:
+        """Sum."""
+        return _sum(values)
+
+    def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:  # noqa: ARG002 (the protocol's signature)
+        """Sum: overlapping moves no less."""
+        return _sum(values)
+
+    def repeat(self, count: Num, value: Num, *, runs: bool) -> Num:
+        """Count times value."""
+        return _repeated(count, value, runs=runs)
+
+    def select(self, mask: Any, a: Num, b: Num) -> Num:
+        """The branch taken."""
+        return where(mask, a, b)
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[Num]]) -> Num:
+        """Of the stage with the most."""
+        totals = [
+            _sum([self.repeat(flow.count, stages[s], runs=flow.runs) for flow, stages in zip(flows, values, strict=True)])
+            for s in range(len(values[0]))
+        ]
+        return _largest(totals)
+
+
+def quantity(name: str) -> Quantity:
+    """The algebra that adds up one attribute of the ops: flops, model_flops, hbm_bytes, wire_bytes, ..."""
+    return Quantity(name)
+
+
+class SecondsSerial(Quantity):
+    """Seconds when nothing overlaps: each leaf at `leaf_seconds`, everything one after the other."""
+
+    def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
+        self.leaf_seconds = leaf_seconds
+
+    def leaf(self, op: Leaf) -> Seconds:
+        """Time of one op."""
+        return self.leaf_seconds(op)
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[Num]]) -> Num:
+        """Stages do overlap across GPUs: steady state at the slowest stage, plus one drain of the longest step."""
+        total: list[Num] = []
+        drain: Num = 0.0
+        for flow, stages in zip(flows, values, strict=True):
+            slowest = _largest(stages)
+            total.append(self.repeat(flow.count, slowest, runs=flow.runs))
+            if len(stages) > 1:
+                rest = _sum(stages) - slowest
+                here = where(flow.count > 0, rest, 0.0)
+                drain = maximum(drain, np.max(here, axis=0) if flow.runs and np.ndim(here) == np.ndim(flow.count) else here)
+        total.append(drain)
+        return _sum(total)
+
+
+class SecondsOverlapped(SecondsSerial):
+    """Seconds with overlap: of parts together, the longest, or the busiest shared resource if that takes longer.
+
+    `demand(op)` gives the seconds one op occupies each resource at its full rate.
+    """
+
+    def __init__(self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]]) -> None:
+        super().__init__(leaf_seconds)
+        self.demand = demand
+
+    def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:
+        """max(longest part, for each resource the sum of its demand)."""
+        longest = _largest(values)
+        demands = [fold(part, _Demand(self.demand)) for part in parts]
+        for resource in RESOURCES:
+            shared = [d[resource] for d in demands if resource in d]
+            if len(shared) > 1:
+                longest = maximum(longest, _sum(shared))
+        return longest
+
+
+class _Demand:
+    """Seconds each resource is occupied, as a mapping."""
+
+    def __init__(self, demand: Callable[[Leaf], Mapping[str, Seconds]]) -> None:
+        self.leaf = demand
+
+    def serial(self, values: list[Mapping[str, Num]]) -> Mapping[str, Num]:
+        return {r: _sum([v[r] for v in values if r in v]) for r in RESOURCES if any(r in v for v in values)}
+
+    def overlap(self, parts: Sequence[Work], values: list[Mapping[str, Num]]) -> Mapping[str, Num]:  # noqa: ARG002
+        return self.serial(values)
+
+    def repeat(self, count: Num, value: Mapping[str, Num], *, runs: bool) -> Mapping[str, Num]:
+        return {r: _repeated(count, v, runs=runs) for r, v in value.items()}
+
+    def select(self, mask: Any, a: Mapping[str, Num], b: Mapping[str, Num]) -> Mapping[str, Num]:
+        return {r: where(mask, a.get(r, 0.0), b.get(r, 0.0)) for r in {*a, *b}}
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[Mapping[str, Num]]]) -> Mapping[str, Num]:
+        stages = [
+            self.serial([self.repeat(f.count, v[s], runs=f.runs) for f, v in zip(flows, values, strict=True)])
+            for s in range(len(values[0]))
+        ]
+        return {r: _largest([s.get(r, 0.0) for s in stages]) for r in RESOURCES}
+
+
+class PeakBytes:
+    """Activation memory as the monoid (net, peak): what remains after a part, and the most held during it.
+
+    serial: (n1 + n2, max(p1, n1 + p2)).  repeat k: (k n, (k - 1) n + p if n >= 0 else p).  overlap: both at once.
+    A pipeline in forward-only service holds one microbatch: the most of any stage.
+    """
+
+    def __init__(self, *, keeps_saved: bool) -> None:
+        self.keeps_saved = keeps_saved
+
+    def leaf(self, op: Leaf) -> tuple[Num, Num]:
+        """Saved bytes remain when a backward pass follows; live bytes are held while it runs."""
+        if not self.keeps_saved:
+            return 0.0, op.live_bytes
+        return op.saved_bytes, maximum(op.saved_bytes, op.live_bytes)
+
+    def serial(self, values: list[tuple[Num, Num]]) -> tuple[Num, Num]:
+        """Fold from the left."""
+        net: Num = 0.0
+        peak: Num = 0.0
+        for n, p in values:
+            peak = maximum(peak, net + p)
+            net = net + n
+        return net, peak
+
+    def overlap(self, parts: Sequence[Work], values: list[tuple[Num, Num]]) -> tuple[Num, Num]:  # noqa: ARG002
+        """Both at once."""
+        return _sum([n for n, _ in values]), _sum([p for _, p in values])
+
+    def repeat(self, count: Num, value: tuple[Num, Num], *, runs: bool) -> tuple[Num, Num]:
+        """In closed form; over runs, run after run."""
+        net, peak = value
+        if runs:
+            shape = np.broadcast_shapes(np.shape(count), np.shape(net), np.shape(peak))
+            counts, nets, peaks = (np.broadcast_to(x, shape) for x in (count, net, peak))
+            return self.serial([self.repeat(c, (n, p), runs=False) for c, n, p in zip(counts, nets, peaks, strict=True)])
+        grown = where(net >= 0, (count - 1) * net + peak, peak)
+        return count * net, where(count > 0, grown, 0.0)
+
+    def select(self, mask: Any, a: tuple[Num, Num], b: tuple[Num, Num]) -> tuple[Num, Num]:
+        """The branch taken."""
+        return where(mask, a[0], b[0]), where(mask, a[1], b[1])
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[tuple[Num, Num]]]) -> tuple[Num, Num]:
+        """The most of any stage and flow."""
+        flat = [
+            (net, np.max(peak, axis=0) if flow.runs and np.ndim(peak) == np.ndim(flow.count) else peak)
+            for flow, stages in zip(flows, values, strict=True)
+            for net, peak in stages
+        ]
+        return _largest([n for n, _ in flat]), _largest([p for _, p in flat])
+
+
+def peak_bytes(work: Work, *, keeps_saved: bool = False) -> Bytes:
+    """The most activation bytes held at any moment of `work`; `keeps_saved` when a backward pass follows."""
+    peak: Bytes = fold(work, PeakBytes(keeps_saved=keeps_saved))[1]
+    return peak
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One line of an explanation: an op, how often it runs, and what it takes in all."""
+
+    op: Leaf
+    count: float
+    seconds: float
+
+
+class Rows:
+    """The ops of the critical path, merged by name and family, with scalar quantities.
+
+    Of an overlap all parts are listed; of a pipeline the ops of its slowest stage plus one pass of the others.
+    """
+
+    def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
+        self.leaf_seconds = leaf_seconds
+
+    def leaf(self, op: Leaf) -> list[Row]:
+        """One row; quantities may still carry a runs axis."""
+        return [Row(op, 1.0, self.leaf_seconds(op))]  # type: ignore[arg-type]
+
+    def serial(self, values: list[list[Row]]) -> list[Row]:
+        """All rows."""
+        return [row for rows in values for row in rows]
+
+    def overlap(self, parts: Sequence[Work], values: list[list[Row]]) -> list[Row]:  # noqa: ARG002
+        """All rows."""
+        return self.serial(values)
+
+    def repeat(self, count: Num, value: list[Row], *, runs: bool) -> list[Row]:
+        """Rows times count."""
+        total = float(np.sum(count)) if runs else count
+        return [
+            Row(_collapse(row.op, count) if runs else row.op, row.count * total, float(_repeated(count, row.seconds, runs=runs)))
+            for row in value
+        ]
+
+    def select(self, mask: Any, a: list[Row], b: list[Row]) -> list[Row]:
+        """Weighted by the share of runs on which each branch is taken."""
+        share = np.asarray(mask, dtype=float)
+        return [Row(row.op, row.count, row.seconds * share) for row in a] + [
+            Row(row.op, row.count, row.seconds * (1 - share)) for row in b
+        ]
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[list[Row]]]) -> list[Row]:
+        """The slowest stage for every microbatch, the others once."""
+        rows: list[Row] = []
+        for flow, stages in zip(flows, values, strict=True):
+            totals = [self.repeat(flow.count, stage, runs=flow.runs) for stage in stages]
+            slowest = max(range(len(totals)), key=lambda s: sum(row.seconds for row in totals[s]))
+            rows += totals[slowest]
+        return rows
+
+
+def _collapse(op: Leaf, count: Num) -> Leaf:
+    """The op with each quantity replaced by its mean over the runs (the sum divided by the number of steps)."""
+    steps = np.sum(count)
+    if steps == 0:
+        return op
+
+    def mean(value: Any) -> Any:
+        return float(np.sum(count * value) / steps) if isinstance(value, np.ndarray) and value.ndim else value
+
+    changes = {name: mean(getattr(op, name)) for name in op.__slots__ if isinstance(getattr(op, name), np.ndarray)}
+    if isinstance(op, Op):
+        changes["shape"] = {key: mean(value) for key, value in op.shape.items()}
+    fields = {name: getattr(op, name) for name in op.__slots__}
+    return type(op)(**{**fields, **changes})
+
+
+class ByKernel:
+    """Seconds of the critical path by family of ops, for the interval of a total."""
+
+    def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
+        self.leaf_seconds = leaf_seconds
+
+    def leaf(self, op: Leaf) -> dict[tuple[str, str, str], Num]:
+        """One family."""
+        return {op.family: self.leaf_seconds(op)}
+
+    def serial(self, values: list[dict[tuple[str, str, str], Num]]) -> dict[tuple[str, str, str], Num]:
+        """Sum by family."""
+        total: dict[tuple[str, str, str], Num] = {}
+        for value in values:
+            for family, seconds in value.items():
+                total[family] = total[family] + seconds if family in total else seconds
+        return total
+
+    def overlap(self, parts: Sequence[Work], values: list[dict[tuple[str, str, str], Num]]) -> dict[tuple[str, str, str], Num]:  # noqa: ARG002
+        """The part that takes longest."""
+        return max(values, key=lambda v: float(np.sum(_sum(list(v.values())))))
+
+    def repeat(self, count: Num, value: dict[tuple[str, str, str], Num], *, runs: bool) -> dict[tuple[str, str, str], Num]:
+        """Times count."""
+        return {family: _repeated(count, seconds, runs=runs) for family, seconds in value.items()}
+
+    def select(self, mask: Any, a: dict[tuple[str, str, str], Num], b: dict[tuple[str, str, str], Num]) -> dict[tuple[str, str, str], Num]:
+        """Family by family."""
+        return {family: where(mask, a.get(family, 0.0), b.get(family, 0.0)) for family in {**a, **b}}
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[dict[tuple[str, str, str], Num]]]) -> dict[tuple[str, str, str], Num]:
+        """The slowest stage for every microbatch."""
+        parts = []
+        for flow, stages in zip(flows, values, strict=True):
+            totals = [self.repeat(flow.count, stage, runs=flow.runs) for stage in stages]
+            parts.append(max(totals, key=lambda v: float(np.sum(_sum(list(v.values()))))))
+        return self.serial(parts)
