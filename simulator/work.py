@@ -420,7 +420,7 @@ class Row:
 
     op: Leaf
     count: float
-    seconds: float
+    seconds: Seconds
 
 
 class Rows:
@@ -434,7 +434,7 @@ class Rows:
 
     def leaf(self, op: Leaf) -> list[Row]:
         """One row; quantities may still carry a runs axis."""
-        return [Row(op, 1.0, self.leaf_seconds(op))]  # type: ignore[arg-type]
+        return [Row(op, 1.0, self.leaf_seconds(op))]
 
     def serial(self, values: list[list[Row]]) -> list[Row]:
         """All rows."""
@@ -448,7 +448,7 @@ class Rows:
         """Rows times count."""
         total = float(np.sum(count)) if runs else count
         return [
-            Row(_collapse(row.op, count) if runs else row.op, row.count * total, float(_repeated(count, row.seconds, runs=runs)))
+            Row(_collapse(row.op, count) if runs else row.op, row.count * total, _repeated(count, row.seconds, runs=runs))
             for row in value
         ]
 
@@ -464,7 +464,7 @@ class Rows:
         rows: list[Row] = []
         for flow, stages in zip(flows, values, strict=True):
             totals = [self.repeat(flow.count, stage, runs=flow.runs) for stage in stages]
-            slowest = max(range(len(totals)), key=lambda s: sum(row.seconds for row in totals[s]))
+            slowest = max(range(len(totals)), key=lambda s: sum(float(np.sum(row.seconds)) for row in totals[s]))
             rows += totals[slowest]
         return rows
 

@@ -17,8 +17,11 @@ from simulator.kernels.elementwise import backward, copy, norm, rotary
 from simulator.kernels.gemm import gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
 from simulator.layers.layer import Direction, Module, Slice, cached_bytes, shared_share
-from simulator.units import Bytes, Num, Tokens
+from simulator.units import Bytes, Num, Tokens, minimum
 from simulator.work import Select, Serial, Work
+
+#: Tokens whose keys and values exist at once during prefill (vLLM, mla_attention.py, workspace of 65,536 rows).
+EXPANSION_TOKENS = 65536.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class LatentAttention:
         if direction is Direction.BACKWARD:
             return Serial([
                 gemm_backward("o", **o_size, weight=self.weight),
-                *(self._expanded(held, segment, C_BF16, is_backward=True) for segment in held.segments),
+                *(self._expanded(held, segment, is_backward=True) for segment in held.segments),
                 backward(turned), gemm_backward("q up", **query, weight=self.weight), backward(inner),
                 gemm_backward("q kv down", **down_size, weight=self.weight), backward(first),
             ])  # fmt: skip
@@ -121,8 +124,8 @@ class LatentAttention:
             kv_lora_rank=self.kv_lora_rank, nope=self.qk_nope_head_dim, v_head_dim=self.v_head_dim
         )
         if not np.any(below):
-            return self._expanded(held, segment, cache)
-        return Select(below, self._absorbed(held, segment, cache), self._expanded(held, segment, cache))
+            return self._expanded(held, segment)
+        return Select(below, self._absorbed(held, segment, cache), self._expanded(held, segment))
 
     def _absorbed(self, held: Slice, segment: Segment, cache: CacheFormat) -> Work:
         """W_UK into the query, the multi-query core, W_UV after it: 2 r n (d_n + d_v) per new token."""
@@ -138,7 +141,7 @@ class LatentAttention:
             gemm("absorb v", m=rows, n=float(self.v_head_dim), k=float(self.kv_lora_rank), weight=W_BF16),
         ])  # fmt: skip
 
-    def _expanded(self, held: Slice, segment: Segment, cache: CacheFormat, *, is_backward: bool = False) -> Work:
+    def _expanded(self, held: Slice, segment: Segment, *, is_backward: bool = False) -> Work:
         """Keys and values of every visible token made from its latent, then a core of d_n + d_r and d_v."""
         size = {
             "m": segment.sequences * self.mask.live(segment),
@@ -150,5 +153,7 @@ class LatentAttention:
         )  # fmt: skip
         if is_backward:
             return Serial([core, gemm_backward("kv up", **size, weight=self.weight)])
-        del cache
-        return Serial([gemm("kv up", **size, weight=self.weight), core])
+        expand = gemm("kv up", **size, weight=self.weight)
+        # engines expand a long context piece by piece and merge by log-sum-exp
+        expand.live_bytes = minimum(size["m"], EXPANSION_TOKENS) * (size["n"] + size["k"]) * BF16.bytes
+        return Serial([expand, core])

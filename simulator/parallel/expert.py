@@ -16,6 +16,7 @@ from simulator.layers import MoE
 from simulator.layers.layer import Layer, Slice
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
+from simulator.units import where
 from simulator.work import Group, Serial, Work
 
 
@@ -34,7 +35,7 @@ class Expert(Scheme):
         """Dispatch in the expert's activation format, combine in bf16."""
         if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
             return work
-        rows, _ = layer.routed(held)
+        rows = layer.routed(held)[0] * where(self.layout.dp_attention > 1, 1.0, 0.0)
         group = Group("ep", self.degree)
         width = layer.hidden_size
         return Serial([

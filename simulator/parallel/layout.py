@@ -119,4 +119,5 @@ class Layout:
         """TP8 x PP2, leaving out degrees of one."""
         names = [("TP", self.tp), ("PP", self.pp), ("DP-attention", self.dp_attention), ("DP", self.dp), ("EP", self.ep), ("DCP", self.dcp)]
         shown = [f"{name}{int(degree)}" for name, degree in names if not isinstance(degree, np.ndarray) and degree > 1]
-        return " x ".join(shown[:4]) + (" + " if shown[4:] else "") + " + ".join(shown[4:]) if shown else "one GPU"
+        multiply = [text for text in shown if not text.startswith(("EP", "DCP"))]
+        return " + ".join([" x ".join(multiply), *(text for text in shown if text not in multiply)]) if shown else "one GPU"

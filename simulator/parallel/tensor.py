@@ -51,9 +51,13 @@ class Tensor(Scheme):
         if isinstance(layer, Head):
             logits = held.sequences * held.vocabulary * held.tensor_ranks * BF16.bytes
             return Serial([work, message("gather logits", "all_gather", group=group, payload_bytes=logits)])
-        if isinstance(layer, MoE) and not is_one(self.layout.dp_attention):
-            return Serial([work, message("gather tokens", "all_gather", group=group, payload_bytes=payload)])
-        return Serial([work, message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload)])
+        if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
+            return Serial([work, message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload)])
+        travels = where(self.layout.dp_attention > 1, 1.0, 0.0)
+        return Serial([
+            work, message("gather tokens", "all_gather", group=group, payload_bytes=payload * travels),
+            message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload * (1 - travels)),
+        ])  # fmt: skip
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:
         """Heads and widths must divide; key-value heads divide or are replicated evenly."""

@@ -1,0 +1,5 @@
+"""`python -m simulator` is `longctx`."""
+
+from simulator.cli import run
+
+run()

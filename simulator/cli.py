@@ -1,0 +1,341 @@
+"""The command line.  Exit codes: 0 answered and fits; 3 answered, but does not fit; 2 bad input; 1 our fault."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from simulator.units import parse_tokens
+
+EXIT_DOES_NOT_FIT = 3
+
+
+class Tokens(click.ParamType):
+    """A number of tokens as vLLM writes it."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """1M -> 1,048,576."""
+        try:
+            return parse_tokens(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+TOKENS = Tokens()
+POSITIVE = click.IntRange(1, 1_000_000)
+Command = Callable[..., Any]
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+machine_options = _options(
+    click.option("--gpu", default="h200", show_default=True, help="GPU name: h200, h100, b200, gb200, a100, mi300x."),
+    click.option("--gpus", type=POSITIVE, default=None, help="Number of GPUs (default: the product of the degrees given, else 1)."),
+)
+layout_options = _options(
+    click.option("--tp", type=POSITIVE, help="Tensor-parallel degree."),
+    click.option("--pp", type=POSITIVE, help="Pipeline-parallel degree."),
+    click.option("--dp", type=POSITIVE, help="Independent replicas."),
+    click.option("--ep", type=POSITIVE, help="Expert-parallel degree (tp x dp-attention)."),
+    click.option("--dcp", type=POSITIVE, help="Decode-context-parallel degree."),
+    click.option("--dp-attention", type=POSITIVE, help="Attention-data-parallel degree."),
+)
+format_options = _options(
+    click.option("--weights", default=None, help="Store linear layers otherwise: bf16, fp8, nvfp4, int4, ..."),
+    click.option("--cache", default=None, help="Store the cache otherwise: bf16, fp8, fp8_ds_mla, ..."),
+)
+engine_options = _options(
+    click.option("--block-size", type=click.IntRange(1, 4096), default=None, help="Tokens per cache block (default: the engine's)."),
+    click.option("--memory-fraction", type=click.FloatRange(0.05, 1.0), default=None, help="gpu_memory_utilization (default 0.92)."),
+    click.option("--chunk", type=TOKENS, default=None, help="max_num_batched_tokens (default: the engine's for the GPU)."),
+)
+output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="longctx", prog_name="longctx")
+def main() -> None:
+    """What a long context costs, before a GPU is rented."""
+
+
+def run() -> None:
+    """Entry point: every user's mistake is one clear line and exit code 2."""
+    try:
+        code = main(standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        code = leave.exit_code
+    except click.Abort:
+        code = 130
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "longctx"
+        click.echo(f"error: {error.format_message()} (see {path} --help)", err=True)
+        code = 2
+    except ValueError as error:
+        click.echo(f"error: {error}", err=True)
+        code = 2
+    except BrokenPipeError:
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _console() -> Any:
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _model(source: str, weights: str | None, cache: str | None) -> Any:
+    from simulator.hf import load_model, with_formats  # noqa: PLC0415
+
+    return with_formats(load_model(source), weights, cache)
+
+
+def _degrees(given: dict[str, int | None]) -> dict[str, int]:
+    return {name: degree for name, degree in given.items() if degree is not None}
+
+
+def _machine(gpu: str, gpus: int | None, degrees: dict[str, int]) -> Any:
+    from simulator.hardware import cluster  # noqa: PLC0415
+
+    product = 1
+    for name in ("tp", "pp", "dp", "dp_attention"):
+        product *= degrees.get(name, 1)
+    return cluster(gpu, product if gpus is None else gpus)
+
+
+@main.command()
+@click.argument("model")
+@machine_options
+@click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of a request in all: prompt and output.")
+@click.option("--concurrency", type=POSITIVE, default=1, show_default=True, help="Requests at the same time.")
+@click.option("--output", type=TOKENS, default=None, help="Output tokens of a request (default: 1,024, or an eighth of the context).")
+@click.option("--prefix-hit", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Share of the prompt found in the prefix cache.")
+@layout_options
+@format_options
+@engine_options
+@click.option("--price", type=click.FloatRange(0, 10_000), default=None, help="US dollars per GPU-hour (default: data/prices.toml).")
+@click.option("--exit-zero", is_flag=True, help="Exit 0 even if it does not fit.")
+@output_options
+def size(  # noqa: PLR0913
+    model: str, gpu: str, gpus: int | None, context: int, concurrency: int, output: int | None, prefix_hit: float,
+    tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
+    weights: str | None, cache: str | None, block_size: int | None, memory_fraction: float | None, chunk: int | None,
+    price: float | None, exit_zero: bool, as_json: bool,  # noqa: FBT001
+) -> int:  # fmt: skip
+    """Does MODEL fit at this context, on which layout, how fast and how dear?"""
+    from simulator import plan, report  # noqa: PLC0415
+    from simulator.engines import Vllm  # noqa: PLC0415
+    from simulator.hardware import price as listed  # noqa: PLC0415
+    from simulator.serving import Request  # noqa: PLC0415
+
+    degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
+    machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
+    engine = Vllm(memory_fraction, block_size, chunk)
+    written = output if output is not None else min(1024, max(1, context // 8))
+    if written >= context:
+        message = f"--output {written}: it is part of --context {context}; use a smaller number"
+        raise ValueError(message)
+    request = Request(context, concurrency, written, prefix_hit)
+    found = plan.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
+    known = listed(machine.gpu.name)
+    inputs = {
+        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": concurrency,
+        "output": written, "prefix_hit": prefix_hit, **{f"{k}": v for k, v in degrees.items()},
+        "weights": weights or (spec.quantization if spec.quantization != "none" else spec.embedding.weight.name), "cache": spec.cache.name,
+        "block_size": engine.block_tokens(spec, machine.gpu), "memory_fraction": engine.fraction, "chunk": engine.step_tokens(machine.gpu),
+        "max_num_seqs": engine.sequences(machine.gpu), "engine": f"vllm {engine.version}",
+        "price_usd_per_gpu_hour": price if price is not None else machine.price_usd_per_gpu_hour,
+        "price_source": "given" if price is not None else (known.sources.get("typical") if known else None),
+    }  # fmt: skip
+    if as_json:
+        click.echo(report.emit(report.size_document(found, inputs)))
+    else:
+        report.print_size(found, inputs, _console())
+    return 0 if found.fits or exit_zero else EXIT_DOES_NOT_FIT
+
+
+@main.command()
+@click.argument("model")
+@machine_options
+@click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of the sequence.")
+@layout_options
+@format_options
+@engine_options
+@output_options
+def kv(  # noqa: PLR0913
+    model: str, gpu: str, gpus: int | None, context: int, tp: int | None, pp: int | None, dp: int | None, ep: int | None,
+    dcp: int | None, dp_attention: int | None, weights: str | None, cache: str | None, block_size: int | None,
+    memory_fraction: float | None, chunk: int | None, as_json: bool,  # noqa: FBT001
+) -> None:  # fmt: skip
+    """What one sequence of MODEL keeps: by architecture, and as the engine allocates it."""
+    from simulator import report  # noqa: PLC0415
+    from simulator.engines import Vllm  # noqa: PLC0415
+    from simulator.estimate import check  # noqa: PLC0415
+    from simulator.parallel import Layout  # noqa: PLC0415
+
+    degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
+    machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
+    layout, engine = Layout(**degrees), Vllm(memory_fraction, block_size, chunk)
+    check(spec, machine, layout)
+    capacity = engine.capacity(spec, layout, machine, context)
+    inputs = {
+        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "layout": str(layout),
+        "cache": spec.cache.name, "block_size": engine.block_tokens(spec, machine.gpu), "memory_fraction": engine.fraction,
+        "chunk": engine.step_tokens(machine.gpu), "engine": f"vllm {engine.version}",
+    }  # fmt: skip
+    document = report.kv_document(spec, context, capacity, layout, inputs)
+    if as_json:
+        click.echo(report.emit(document))
+    else:
+        report.print_kv(document, spec, context, _console())
+
+
+@main.command()
+@click.argument("model")
+@machine_options
+@click.option("--phase", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
+@click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of each sequence at the end of the phase.")
+@click.option("--batch", type=POSITIVE, default=1, show_default=True, help="Sequences.")
+@click.option("--prefix", type=click.IntRange(0), default=0, show_default=True, help="Tokens already cached (prefill).")
+@click.option("--chunk", type=TOKENS, default=None, help="New tokens per step (prefill; default: all at once).")
+@click.option("--engine", type=click.Choice(["vllm"]), default=None, help="Add the engine's host work; without it, none is added.")
+@layout_options
+@format_options
+@output_options
+def estimate(  # noqa: PLR0913
+    model: str, gpu: str, gpus: int | None, phase: str, context: int, batch: int, prefix: int, chunk: int | None, engine: str | None,
+    tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
+    weights: str | None, cache: str | None, as_json: bool,  # noqa: FBT001
+) -> None:  # fmt: skip
+    """How long one phase of MODEL takes on one layout, op by op."""
+    from simulator import report  # noqa: PLC0415
+    from simulator.engines import REGISTRY  # noqa: PLC0415
+    from simulator.estimate import estimate as answer  # noqa: PLC0415
+    from simulator.parallel import Layout  # noqa: PLC0415
+    from simulator.phases import Decode, Prefill  # noqa: PLC0415
+    from simulator.plan import warnings  # noqa: PLC0415
+    from simulator.serving import Request  # noqa: PLC0415
+
+    if prefix >= context:
+        message = f"--prefix {prefix}: it must be smaller than --context {context}; the last token is always computed"
+        raise ValueError(message)
+    degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
+    machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
+    layout = Layout(**degrees)
+    asked: Prefill | Decode
+    if phase == "prefill":
+        asked = Prefill(float(context), float(batch), float(prefix), None if chunk is None else float(chunk))
+    else:
+        asked = Decode(float(context), float(batch))
+    found = answer(spec, machine, layout, asked, engine=REGISTRY[engine]() if engine else None)
+    inputs = {
+        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "layout": str(layout), "phase": phase, "context": context,
+        "batch": batch, "prefix": prefix, "chunk": chunk, "engine": engine, "weights": weights or spec.quantization, "cache": spec.cache.name,
+    }  # fmt: skip
+    told = warnings(spec, Request(context), machine)
+    if float(found.footprint.total) > float(machine.gpu.usable_bytes):
+        told.append(f"{found.footprint.total / 2**30:.1f} GiB per GPU do not fit in {machine.gpu.usable_bytes / 2**30:.1f} GiB: a time for a machine with more memory")
+    document = report.estimate_document(found, inputs, told)
+    if as_json:
+        click.echo(report.emit(document))
+    else:
+        report.print_estimate(document, found, _console())
+
+
+@main.group()
+def kernel() -> None:
+    """One kernel on one GPU: work, bound, expected time."""
+
+
+dtype_option = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp8"]), default="bf16", show_default=True)
+
+
+@kernel.command()
+@click.option("--gpu", default="h200", show_default=True)
+@click.option("--m", "rows", type=POSITIVE, required=True, help="Rows (tokens).")
+@click.option("--n", "outputs", type=POSITIVE, required=True, help="Outputs.")
+@click.option("--k", "inputs_", type=POSITIVE, required=True, help="Inputs.")
+@dtype_option
+@output_options
+def gemm(gpu: str, rows: int, outputs: int, inputs_: int, dtype: str, as_json: bool) -> None:  # noqa: FBT001, PLR0913
+    """A matrix product (m, k) x (k, n)."""
+    from simulator.dtypes import WEIGHT_FORMATS  # noqa: PLC0415
+    from simulator.kernels.gemm import gemm as product  # noqa: PLC0415
+
+    op = product("gemm", m=float(rows), n=float(outputs), k=float(inputs_), weight=WEIGHT_FORMATS[dtype])
+    _show_kernel(op, gpu, {"kernel": "gemm", "m": rows, "n": outputs, "k": inputs_, "dtype": dtype}, as_json=as_json)
+
+
+@kernel.command()
+@click.option("--gpu", default="h200", show_default=True)
+@click.option("--impl", default="", help="cudnn, flash2, flash3, ... (default: the best calibrated).")
+@click.option("--sequences", type=POSITIVE, default=1, show_default=True)
+@click.option("--tokens", type=TOKENS, required=True, help="New tokens of each sequence.")
+@click.option("--context", type=TOKENS, default=None, help="Tokens visible to the last new token (default: the new tokens).")
+@click.option("--heads", type=POSITIVE, required=True)
+@click.option("--kv-heads", type=POSITIVE, default=None, help="Key-value heads (default: heads).")
+@click.option("--head-dim", type=click.IntRange(1, 4096), default=128, show_default=True)
+@click.option("--v-head-dim", type=click.IntRange(1, 4096), default=None, help="Value width (default: head-dim).")
+@click.option("--window", type=TOKENS, default=None, help="Sliding window, the query included.")
+@click.option("--backward", is_flag=True, help="The backward pass.")
+@dtype_option
+@output_options
+def attention(  # noqa: PLR0913
+    gpu: str, impl: str, sequences: int, tokens: int, context: int | None, heads: int, kv_heads: int | None, head_dim: int,
+    v_head_dim: int | None, window: int | None, backward: bool, dtype: str, as_json: bool,  # noqa: FBT001
+) -> None:  # fmt: skip
+    """Causal attention of new tokens over a context; one new token runs the split-KV decode kernel."""
+    from simulator.dtypes import CACHE_FORMATS, DTYPES  # noqa: PLC0415
+    from simulator.kernels.attention import Causal, Segment, Window  # noqa: PLC0415
+    from simulator.kernels.attention import attention as core  # noqa: PLC0415
+
+    seen = context if context is not None else tokens
+    shared = kv_heads if kv_heads is not None else heads
+    if seen < tokens:
+        message = f"--context {seen}: it includes the {tokens} new tokens; use at least {tokens}"
+        raise ValueError(message)
+    if heads % shared:
+        message = f"--kv-heads {shared}: must divide --heads {heads}"
+        raise ValueError(message)
+    decodes = tokens == 1 and not backward
+    op = core(
+        "attention", Segment(float(sequences), float(tokens), float(seen - tokens), split_kv=decodes), heads=float(heads),
+        kv_heads=float(shared), head_dim=head_dim, v_head_dim=v_head_dim, mask=Window(window) if window else Causal(),
+        dtype=DTYPES[dtype], cache=CACHE_FORMATS[dtype], impl=impl, backward=backward,
+    )  # fmt: skip
+    asked = {
+        "kernel": op.kernel, "impl": impl, "sequences": sequences, "tokens": tokens, "context": seen, "heads": heads, "kv_heads": shared,
+        "head_dim": head_dim, "v_head_dim": v_head_dim or head_dim, "window": window, "backward": backward, "dtype": dtype,
+    }  # fmt: skip
+    _show_kernel(op, gpu, asked, as_json=as_json)
+
+
+def _show_kernel(op: Any, gpu: str, asked: dict[str, Any], *, as_json: bool) -> None:
+    from simulator import report  # noqa: PLC0415
+    from simulator.calibration import Calibration  # noqa: PLC0415
+    from simulator.hardware import cluster  # noqa: PLC0415
+
+    machine = cluster(gpu, 1)
+    told = []
+    if not machine.gpu.supports(op.math):
+        told.append(f"{machine.gpu.name} has no {op.math} arithmetic: computed in {machine.gpu.runs_as(op.math)}")
+    document = report.kernel_document(op, machine, Calibration.load(machine.gpu), {"gpu": machine.gpu.name, **asked}, told)
+    if as_json:
+        click.echo(report.emit(document))
+    else:
+        report.print_kernel(document, _console())

@@ -1,0 +1,372 @@
+"""vLLM: what it allocates, what it prints, how it is launched.
+
+The rules and their sources stand in data/engines/vllm.toml; the version they were read in is `Vllm.version`.
+KV bytes per GPU = total x gpu_memory_utilization - weights - peak activations of the profile run - CUDA graphs.
+The profile run is one step of max_num_batched_tokens tokens without attention, plus logits of max_num_seqs rows: it
+does not grow with the context.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from simulator.data import data_path
+from simulator.dtypes import BF16
+from simulator.footprint import Footprint
+from simulator.hardware import Cluster, Gpu
+from simulator.kernels.attention import Causal, Chunked, Mask, Segment, Window
+from simulator.layers import Attention, LatentAttention, MoE
+from simulator.layers.layer import Mixer
+from simulator.model import ModelSpec
+from simulator.parallel import Layout
+from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
+from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
+from simulator.work import Op
+
+
+@cache
+def _facts() -> dict[str, Any]:
+    return tomllib.loads(data_path("engines", "vllm.toml").read_text("utf-8"))
+
+
+def _fact(table: str, name: str) -> Any:
+    return _facts()[table][name]["value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that share block tables: `window` tokens live plus those in flight, None for all tokens."""
+
+    layers: tuple[int, ...]
+    window: int | None
+    whole_block: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What one engine (one data-parallel replica) holds.
+
+    `blocks` are pool blocks of `block_bytes` on the tightest GPU; `per_sequence_bytes` what one request of
+    `max_model_len` tokens takes of them per GPU.
+    """
+
+    footprint: Footprint
+    usable_bytes: Bytes
+    available_bytes: Bytes
+    block_bytes: Bytes
+    blocks: Count
+    blocks_per_sequence: Count
+    max_model_len: int
+    replicas: Count
+
+    @property
+    def per_sequence_bytes(self) -> Bytes:
+        """Bytes per GPU of one request."""
+        return self.blocks_per_sequence * self.block_bytes
+
+    @property
+    def concurrency(self) -> Num:
+        """vLLM's "Maximum concurrency": blocks over blocks per request, of one engine."""
+        return self.blocks / self.blocks_per_sequence
+
+    @property
+    def whole_sequences(self) -> Count:
+        """Requests that fit together over all replicas; one pool block is never handed out."""
+        return floor(maximum(self.blocks - 1, 0.0) / self.blocks_per_sequence) * self.replicas
+
+    @property
+    def tokens(self) -> int:
+        """vLLM's "GPU KV cache size" (concurrency x max_model_len, not a rate)."""
+        return int(self.concurrency * self.max_model_len)
+
+    def at(self, index: int) -> Capacity:
+        """One layout of an array of them."""
+
+        def pick(value: Num) -> Num:
+            return float(value[index]) if isinstance(value, np.ndarray) else value
+
+        held = Footprint(*(pick(getattr(self.footprint, f.name)) for f in fields(Footprint)))
+        numbers = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name != "footprint"}
+        return Capacity(footprint=held, **numbers)  # type: ignore[arg-type]
+
+    @property
+    def log_lines(self) -> tuple[str, str]:
+        """The two statements vLLM prints when it starts (one line since 0.28)."""
+        return (
+            f"GPU KV cache size: {self.tokens:,} tokens",
+            f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.concurrency:.2f}x",
+        )
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """vLLM with its settings; None takes vLLM's own default for the GPU."""
+
+    memory_fraction: float | None = None
+    block_size: int | None = None
+    chunk: int | None = None
+    max_num_seqs: int | None = None
+
+    name = "vllm"
+
+    @property
+    def version(self) -> str:
+        """The version whose rules these are."""
+        return str(_facts()["version"])
+
+    @property
+    def fraction(self) -> float:
+        """gpu_memory_utilization."""
+        return self.memory_fraction if self.memory_fraction is not None else float(_fact("defaults", "gpu_memory_utilization"))
+
+    def batch_class(self, gpu: Gpu) -> dict[str, Any]:
+        """The default batch sizes of `vllm serve` on this GPU."""
+        for entry in _facts()["defaults"]["batch_classes"]:
+            if float(gpu.capacity_bytes) >= entry["least_gib"] * 2**30 and entry.get("except", "-") not in gpu.name:
+                return dict(entry)
+        message = "the last class of batch sizes takes every GPU"
+        raise AssertionError(message)
+
+    def step_tokens(self, gpu: Gpu) -> int:
+        """max_num_batched_tokens."""
+        return self.chunk or int(self.batch_class(gpu)["max_num_batched_tokens"])
+
+    def sequences(self, gpu: Gpu) -> int:
+        """max_num_seqs, never above max_num_batched_tokens."""
+        return min(self.max_num_seqs or int(self.batch_class(gpu)["max_num_seqs"]), self.step_tokens(gpu))
+
+    def block_tokens(self, model: ModelSpec, gpu: Gpu) -> int:
+        """block_size, or the smallest the attention backend of the cache's format takes."""
+        if self.block_size:
+            return self.block_size
+        latent = any(isinstance(layer, LatentAttention) for _, layer in model.mixers)
+        # MLA: FlashMLA (64) for 8-bit caches on Hopper, FlashInfer MLA (32) on Blackwell, FlashAttention MLA (16) else
+        if latent and gpu.architecture == "hopper" and model.cache.bits <= 8:  # noqa: PLR2004
+            return 64
+        if latent and gpu.architecture == "blackwell":
+            return 32
+        return int(_fact("defaults", "block_size"))
+
+    # ---- host
+
+    def host(self, phase: Phase) -> Host:
+        """Host work of a step: scheduling, plus one launch per kernel unless a CUDA graph replays them all."""
+        step, launch, replay = (float(_fact("host", n)) for n in ("step_s", "launch_s", "graph_launch_s"))
+        largest = float(_fact("host", "largest_graph_tokens"))
+
+        def work(launches: Count, tokens: Tokens) -> Op:
+            replays = isinstance(phase, Decode)
+            seconds = where(tokens <= largest, step + replay, step + launches * launch) if replays else step + launches * launch
+            return Op("host step", "host", "vllm", "", shape={"seconds": seconds}, launches=0.0)
+
+        return work
+
+    # ---- capacity
+
+    def footprint(self, model: ModelSpec, layout: Layout, cluster: Cluster, *, sequences: Num = 0.0, context: Num = 1.0) -> Footprint:
+        """What the profile run leaves resident on the tightest GPU, and the caches of `sequences` (by architecture)."""
+        system, gpu = System(model, layout), cluster.gpu
+        tokens = float(self.step_tokens(gpu))
+        held = system.footprint(sequences=sequences, context=context, step_tokens=tokens)
+        latent = [(n, layer) for n, layer in model.counted if isinstance(layer, LatentAttention)]
+        weights, workspace = held.weights, 0.0
+        if latent:
+            n, layer = latent[0]
+            heads = layer.num_attention_heads / layout.tp
+            expanded = layer.qk_nope_head_dim + layer.v_head_dim
+            expansion = float(_fact("memory", "latent_workspace_tokens")) * heads * expanded * BF16.bytes
+            # the profile run holds the expansion beside the layer's queries and the residual stream
+            beside = tokens * (2 * model.hidden_size + heads * layer.qk_head_dim) * BF16.bytes
+            workspace = maximum(expansion + beside - held.activations, 0.0)
+            if layer.weight.bits < BF16.bits:
+                # absorbed copies of W_UK and W_UV are kept in bf16 beside the quantised projection
+                weights = weights + n / layout.pp * layer.kv_lora_rank * heads * expanded * BF16.bytes
+        logits = self.sequences(gpu) * model.vocab_size * float(_fact("memory", "logits_bytes_per_element"))
+        engine = (0.0 if _is_dense(model) else float(_fact("memory", "graph_bytes"))) + float(_fact("memory", "other_bytes"))
+        return Footprint(
+            weights=weights, cache=held.cache, activations=maximum(held.activations, logits), workspace=workspace, engine=engine
+        )
+
+    def groups(self, model: ModelSpec) -> list[Group]:
+        """Layers by what they keep, split so that every group has the same number (hybrid KV cache manager).
+
+        Buckets of equal layers; the group size is that of the smallest bucket, or of the largest if that is less than
+        1.5 times it.
+        """
+        kinds: dict[tuple[int | None, bool], list[int]] = {}
+        for index, kind in enumerate(model.order):
+            for layer in model.kinds[kind]:
+                if isinstance(layer, Mixer):
+                    kinds.setdefault(_kept(layer), []).append(index)
+        if len(kinds) == 1:
+            ((window, whole), layers), = kinds.items()
+            return [Group(tuple(layers), window, whole)]
+        sizes = [len(layers) for layers in kinds.values()]
+        size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
+        found = []
+        for (window, whole), layers in kinds.items():
+            parts = -(-len(layers) // size)
+            found += [Group(tuple(layers[i::parts]), window, whole) for i in range(parts)]
+        return found
+
+    def blocks_per_sequence(self, model: ModelSpec, layout: Layout, gpu: Gpu, tokens: Tokens) -> Count:
+        """Pool blocks one request of `tokens` takes: every group its own."""
+        block, flight = float(self.block_tokens(model, gpu)), self._in_flight(model, layout, gpu)
+        total: Count = 0.0
+        for group in self.groups(model):
+            if group.window is None:
+                total = total + ceil(ceil(tokens / layout.dcp) / block)
+            elif group.whole_block:
+                total = total + ceil(minimum(group.window + flight, tokens) / block)
+            else:
+                total = total + ceil(minimum(group.window - 1 + flight, tokens) / block) + 1
+        return total
+
+    def _in_flight(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> Tokens:
+        """Tokens scheduled but not yet computed: asynchronous scheduling keeps pp + 1 batches (2, or pp, for MoE)."""
+        batches = layout.pp + 1.0 if _is_dense(model) else maximum(layout.pp * 1.0, 2.0)
+        return batches * self.step_tokens(gpu)
+
+    def capacity(self, model: ModelSpec, layout: Layout, cluster: Cluster, max_model_len: int) -> Capacity:
+        """What vLLM has left for the cache, and what it makes of it; for one layout or an array of them."""
+        gpu = cluster.gpu
+        held = self.footprint(model, layout, cluster)
+        usable = float(gpu.usable_bytes) * self.fraction
+        available = usable - held.total
+        pool = self._pool_bytes(model, layout, gpu)
+        return Capacity(
+            footprint=held, usable_bytes=usable, available_bytes=available, block_bytes=pool,
+            blocks=maximum(floor(available / pool), 0.0),
+            blocks_per_sequence=self.blocks_per_sequence(model, layout, gpu, float(max_model_len)),
+            max_model_len=max_model_len, replicas=layout.dp * layout.dp_attention * 1.0,
+        )  # fmt: skip
+
+    def _pool_bytes(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> Bytes:
+        """One pool block: a page of the widest row for each layer a stage holds of its fullest group."""
+        row: Bytes = 0.0
+        placed, asked = layout.place(model), (Segment(1.0, 0.0, 1.0),)
+        for _, layer in model.mixers:
+            row = maximum(row, model.cache.row_bytes(layer.cache_row(placed.shard(layer, asked))))
+        page = self.block_tokens(model, gpu) * row
+        if not isinstance(layout.pp, np.ndarray):
+            return page * self._layers_per_block(model, int(layout.pp))
+        sizes = {int(p): self._layers_per_block(model, int(p)) for p in np.unique(layout.pp)}
+        return page * np.array([float(sizes[int(p)]) for p in layout.pp])
+
+    def _layers_per_block(self, model: ModelSpec, stages: int) -> int:
+        """The most layers of one group on one of `stages` pipeline stages."""
+        ends = np.cumsum([sum(float(c) for c in stage.counts) for stage in Layout(pp=stages).pipeline.stages(model)])
+        most = 0
+        for group in self.groups(model):
+            stage_of = np.searchsorted(ends, np.array(group.layers), side="right")
+            most = max(most, int(np.bincount(stage_of).max()))
+        return most
+
+    def longest(self, model: ModelSpec, layout: Layout, cluster: Cluster, capacity: Capacity, sequences: int = 1) -> Tokens:
+        """The longest context at which `sequences` requests fit together, by bisection; 0 where not even one token."""
+        each = ceil(sequences / capacity.replicas)
+        low, high = 0.0 * capacity.blocks, 2.0**34 + 0.0 * capacity.blocks
+        for _ in range(35):
+            middle = floor((low + high + 1) / 2)
+            fits = each * self.blocks_per_sequence(model, layout, cluster.gpu, middle) <= capacity.blocks - 1
+            low, high = where(fits, middle, low), where(fits, high, middle - 1)
+        return low
+
+    # ---- launching
+
+    def refusals(self, model: ModelSpec, layout: Layout) -> Iterator[str]:
+        """What vLLM refuses beyond the schemes' own rules."""
+        tp, dcp = int(layout.tp), int(layout.dcp)
+        if model.model_type == "gpt_oss" and tp > 8:  # noqa: PLR2004
+            yield f"--tp {tp}: vLLM splits gpt-oss's 8 key-value heads at most 8 ways"
+        for layer in model.layers:
+            if isinstance(layer, Attention) and dcp > 1:
+                group = layer.num_attention_heads // layer.num_key_value_heads
+                if tp <= layer.num_key_value_heads or group % dcp:
+                    yield f"--dcp {dcp}: vLLM wants tp above {layer.num_key_value_heads} and dcp to divide {group} queries per head"
+                    return
+
+    def reach_override(self, model: ModelSpec, context: int) -> str | None:
+        """The `--hf-overrides` that lets vLLM go beyond what the config declares; None within it."""
+        declared = model.reach.declared_tokens
+        if declared is None or context <= declared:
+            return None
+        rope = {k: v for k, v in model.reach.rope.items() if k != "dual_chunk_attention_config"}
+        kind = str(rope.get("rope_type") or rope.get("type") or "")
+        original = rope.get("original_max_position_embeddings")
+        if kind == "yarn" and isinstance(original, int):
+            rope.pop("type", None)
+            scaled = {**rope, "rope_type": "yarn", "factor": -(-context // original)}
+            return json.dumps({"rope_parameters": scaled})
+        return json.dumps({"max_position_embeddings": context})
+
+    def command(self, model: ModelSpec, layout: Layout, cluster: Cluster, *, context: int, concurrency: int) -> tuple[str, list[str]]:
+        """A `vllm serve` line, and what one must know beside it."""
+        notes: list[str] = []
+        served = model.name
+        if "dual_chunk_attention_config" in model.reach.rope:
+            served = f"./{model.name.split('/')[-1]}"
+            notes.append(
+                "vLLM removed dual chunk attention (0.11): serve a local copy of the model whose config.json has no "
+                "dual_chunk_attention_config; beyond its training length quality is then not the published one"
+            )
+        flags: list[tuple[str, Any]] = [("tensor-parallel-size", int(layout.tp))]
+        if layout.pp > 1:
+            flags.append(("pipeline-parallel-size", int(layout.pp)))
+        shares = int(layout.dp_attention)
+        nodes = -(-int(layout.gpus / layout.dp) // cluster.gpus_per_node)
+        if shares > 1:
+            flags.append(("data-parallel-size", shares))
+        if layout.ep > 1:
+            flags.append(("enable-expert-parallel", None))
+        if layout.dcp > 1:
+            flags.append(("decode-context-parallel-size", int(layout.dcp)))
+        flags.append(("max-model-len", context))
+        override = self.reach_override(model, context)
+        if override:
+            flags.append(("hf-overrides", override))
+        if model.cache.name not in ("bf16", "fp16"):
+            flags.append(("kv-cache-dtype", {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}.get(model.cache.name, model.cache.name)))
+        if self.block_size:
+            flags.append(("block-size", self.block_size))
+        flags += [("gpu-memory-utilization", self.fraction), ("max-num-batched-tokens", self.step_tokens(cluster.gpu))]
+        flags.append(("max-num-seqs", max(self.sequences(cluster.gpu), 1)))
+        if nodes > 1 and shares > 1:
+            local = shares // nodes
+            flags += [("data-parallel-size-local", local), ("data-parallel-address", "$HEAD_IP"), ("data-parallel-rpc-port", 13345)]
+            notes.append(f"on node r = 1..{nodes - 1} add: --headless --data-parallel-start-rank $((r * {local}))")
+        elif nodes > 1:
+            flags += [("nnodes", nodes), ("node-rank", 0), ("master-addr", "$HEAD_IP")]
+            notes.append(f"on node r = 1..{nodes - 1}: the same with --node-rank r --headless")
+        if layout.dp > 1:
+            notes.append(f"run {int(layout.dp)} such servers, each on its own {int(layout.gpus / layout.dp)} GPUs, behind a load balancer")
+        if concurrency > self.sequences(cluster.gpu) * shares * int(layout.dp):
+            notes.append(f"--max-num-seqs must be raised for {concurrency} concurrent requests")
+        words = [f"--{name}" if value is None else f"--{name} {value if str(value).startswith('$') else shlex.quote(str(value))}" for name, value in flags]
+        return " ".join(["vllm serve", shlex.quote(served), *words]), notes
+
+
+def _is_dense(model: ModelSpec) -> bool:
+    """Dense models run on vLLM's second model runner, which reserves nothing for CUDA graphs and keeps pp + 1 batches."""
+    return not any(isinstance(layer, MoE) for layer in model.layers)
+
+
+def _kept(layer: Mixer) -> tuple[int | None, bool]:
+    """(window or chunk, counts whole blocks) of a layer."""
+    mask: Mask = getattr(layer, "mask", Causal())
+    if isinstance(mask, Window):
+        return mask.width, False
+    if isinstance(mask, Chunked):
+        return mask.width, True
+    return None, False
+
+
+__all__ = ["Capacity", "Group", "Mixed", "Prefill", "Vllm"]

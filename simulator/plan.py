@@ -1,0 +1,255 @@
+"""Which layout: a grid, a mask with its reasons, the best of the rest.
+
+Layouts are compared by the time the mean request takes when `concurrency` of them arrive together
+(`serving.latency`): it weighs time to first token, queueing and decoding at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+
+from simulator.calibration import Calibration
+from simulator.engines.vllm import Capacity, Vllm
+from simulator.hardware import Cluster, cluster
+from simulator.layers import Attention, LatentAttention, MoE
+from simulator.model import ModelSpec
+from simulator.parallel import Layout
+from simulator.serving import Request, Service, Speed, serve, speed
+
+#: Numbers of GPUs tried for the smallest cluster: powers of two in a node, then whole nodes.
+_MOST_GPUS = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A layout with what it holds and, if it fits, how fast it is."""
+
+    layout: Layout
+    capacity: Capacity
+    longest: int
+    short_bytes: float
+    speed: Speed | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the asked requests fit together."""
+        return self.short_bytes <= 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """The choice, what came second, and why others were left out."""
+
+    model: ModelSpec
+    cluster: Cluster
+    request: Request
+    engine: Vllm
+    best: Candidate
+    runner_up: Candidate | None
+    candidates: list[Candidate]
+    refused: dict[str, int]
+    longest: Candidate
+    smallest_gpus: int | None
+    service: Service | None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the best layout holds the asked requests."""
+        return self.best.fits
+
+    @property
+    def binding_constraint(self) -> str | None:
+        """What is short: the cache, or already the weights and activations."""
+        if self.fits:
+            return None
+        return "weights" if self.best.capacity.available_bytes <= 0 else "cache"
+
+    @property
+    def tie(self) -> bool:
+        """Whether the runner-up cannot be told apart from the choice: it lies inside the interval of the times."""
+        if self.runner_up is None or self.runner_up.speed is None or self.best.speed is None or self.service is None:
+            return False
+        times = self.service.cold.seconds
+        return self.runner_up.speed.latency_s < self.best.speed.latency_s * times.high / times.value
+
+
+def layouts(model: ModelSpec, gpus: int) -> Iterator[Layout]:
+    """Every layout of exactly `gpus` GPUs worth asking about."""
+    experts = any(isinstance(layer, MoE) for layer in model.layers)
+    shared = min((_cache_heads(model)), default=1)
+    for tp in _divisors(gpus):
+        for pp in _divisors(gpus // tp):
+            for dp in _divisors(gpus // tp // pp):
+                rest = gpus // tp // pp // dp
+                if rest > 1 and not experts:
+                    continue
+                for dcp in _divisors(max(1, tp // shared)):
+                    yield from _expert_choices(Layout(tp, pp, dp, 1, dcp, rest), experts)
+
+
+def _expert_choices(layout: Layout, experts: bool) -> Iterator[Layout]:  # noqa: FBT001
+    group = int(layout.tp * layout.dp_attention)
+    if layout.dp_attention == 1:
+        yield layout
+    if experts and group > 1:
+        yield replace(layout, ep=group)
+
+
+def _cache_heads(model: ModelSpec) -> Iterator[int]:
+    for layer in model.layers:
+        if isinstance(layer, Attention):
+            yield layer.num_key_value_heads
+        elif isinstance(layer, LatentAttention):
+            yield 1
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def refusals(model: ModelSpec, layout: Layout, engine: Vllm) -> list[str]:
+    """Why a layout is out: the schemes' rules, then the engine's."""
+    return [*layout.refusals(model), *engine.refusals(model, layout)]
+
+
+def stack(chosen: list[Layout]) -> Layout:
+    """Many layouts as one whose degrees are arrays."""
+    return Layout(*(np.array([float(getattr(layout, f.name)) for layout in chosen]) for f in fields(Layout)[:-1]))
+
+
+def hold(model: ModelSpec, chosen: list[Layout], machine: Cluster, request: Request, engine: Vllm) -> list[Candidate]:
+    """What each layout holds of the request."""
+    if not chosen:
+        return []
+    together = stack(chosen)
+    capacity = engine.capacity(model, together, machine, request.context)
+    longest = engine.longest(model, together, machine, capacity, request.concurrency)
+    needed = (np.ceil(request.concurrency / capacity.replicas) * capacity.blocks_per_sequence + 1) * capacity.block_bytes
+    held = capacity.blocks * capacity.block_bytes
+    short = np.where(capacity.available_bytes > 0, needed - held, needed - capacity.available_bytes)
+    return [
+        Candidate(layout, capacity.at(i), int(np.broadcast_to(longest, short.shape)[i]), float(short[i]))
+        for i, layout in enumerate(chosen)
+    ]
+
+
+def timed(
+    model: ModelSpec, candidates: list[Candidate], machine: Cluster, request: Request, engine: Vllm, calibration: Calibration
+) -> list[Candidate]:
+    """Candidates with their times, the best first.  Where the means differ by less than 3 %, no answer here could tell
+    them apart: the one with fewer kinds of parallelism comes first, then the one with the shorter step."""
+    if not candidates:
+        return []
+    times = speed(model, stack([c.layout for c in candidates]), machine, request, engine=engine, calibration=calibration)
+    parts = [np.broadcast_to(t, (len(candidates),)) for t in (times.ttft_s, times.tpot_s, times.latency_s)]
+    found = [replace(c, speed=Speed(*(float(p[i]) for p in parts))) for i, c in enumerate(candidates)]
+    least = float(parts[2].min())
+
+    def rank(c: Candidate) -> tuple[bool, float, float]:
+        assert c.speed is not None
+        close = c.speed.latency_s <= 1.03 * least
+        kinds = sum(getattr(c.layout, f.name) > 1 for f in fields(Layout)[:-1])
+        return (not close, kinds if close else c.speed.latency_s, c.speed.tpot_s)
+
+    return sorted(found, key=rank)
+
+
+def size(  # noqa: PLR0913
+    model: ModelSpec, machine: Cluster, request: Request, *, engine: Vllm | None = None,
+    calibration: Calibration | None = None, fixed: dict[str, int] | None = None,
+    price_usd_per_gpu_hour: float | None = None,
+) -> Plan:  # fmt: skip
+    """Does it fit, how, how fast, and at what price.  `fixed` holds the degrees the user insists on.
+
+    Errors: ValueError where the degrees break a rule or make no layout of the cluster's GPUs.
+    """
+    engine, calibration = engine or Vllm(), calibration or Calibration.load(machine.gpu)
+    allowed, refused = _allowed(model, machine, engine, fixed or {})
+    candidates = hold(model, allowed, machine, request, engine)
+    ranked = timed(model, [c for c in candidates if c.fits], machine, request, engine, calibration)
+    longest = max(candidates, key=lambda c: c.longest)
+    if ranked:
+        best = ranked[0]
+        service = serve(
+            model, best.layout, machine, request, engine=engine, calibration=calibration,
+            price_usd_per_gpu_hour=machine.price_usd_per_gpu_hour if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour,
+        )  # fmt: skip
+        others = ranked + [c for c in candidates if not c.fits]
+    else:
+        best, service = min(candidates, key=lambda c: (c.capacity.available_bytes <= 0, c.short_bytes)), None
+        others = candidates
+    return Plan(
+        model, machine, request, engine, best, ranked[1] if len(ranked) > 1 else None, others, refused, longest,
+        smallest(model, machine, request, engine), service, warnings(model, request, machine),
+    )  # fmt: skip
+
+
+def _allowed(model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, int]) -> tuple[list[Layout], dict[str, int]]:
+    """Layouts of the grid that obey every rule; the others counted by reason.  All degrees given: that layout alone."""
+    allowed, refused = [], {}
+    chosen = [
+        layout for layout in layouts(model, machine.gpus)
+        if all(getattr(layout, name) == degree for name, degree in fixed.items())
+    ]  # fmt: skip
+    if not chosen:
+        chosen = [_completed(machine, fixed)]
+    reasons: list[str] = []
+    for layout in chosen:
+        found = refusals(model, layout, engine)
+        if not found:
+            allowed.append(layout)
+            continue
+        reasons.append(found[0])
+        rule = found[0].split(":", 1)[0].split(" ")[0]
+        refused[rule] = refused.get(rule, 0) + 1
+    if not allowed:
+        raise ValueError(reasons[0])
+    return allowed, refused
+
+
+def _completed(machine: Cluster, fixed: dict[str, int]) -> Layout:
+    """The layout the user asked for, replicas filling the rest; ValueError where the degrees do not fill the cluster."""
+    layout = Layout(**fixed)
+    if "dp" not in fixed and machine.gpus % int(layout.gpus) == 0:
+        layout = replace(layout, dp=machine.gpus // int(layout.gpus))
+    if layout.gpus != machine.gpus:
+        message = (
+            f"layout {layout} takes {int(layout.gpus)} GPUs (tp x pp x dp-attention x dp) and --gpus is {machine.gpus}; "
+            f"make the product equal"
+        )
+        raise ValueError(message)
+    return layout
+
+
+def smallest(model: ModelSpec, machine: Cluster, request: Request, engine: Vllm) -> int | None:
+    """The fewest GPUs of this kind on which some layout holds the request."""
+    counts = [n for n in (1, 2, 4, 8) if n <= machine.gpus_per_node]
+    node = machine.gpus_per_node
+    counts += [n * node for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n * node <= _MOST_GPUS]
+    weights = float(model.weight_bytes())
+    for count in counts:
+        tried = cluster(machine.gpu, count)
+        if weights > count * float(machine.gpu.usable_bytes):
+            continue
+        allowed = [layout for layout in layouts(model, count) if not refusals(model, layout, engine)]
+        if any(c.fits for c in hold(model, allowed, tried, request, engine)):
+            return count
+    return None
+
+
+def warnings(model: ModelSpec, request: Request, machine: Cluster) -> list[str]:
+    """What the user must know: reach, what is not modelled, formats the GPU lacks."""
+    found = list(model.warnings)
+    declared = model.reach.declared_tokens
+    if declared is not None and request.context > declared:
+        found.append(
+            f"{request.context:,} tokens are beyond the {declared:,} that {model.name} declares; "
+            f"the engine needs an override (see launch) and the answers' quality there is not claimed by anyone"
+        )
+    lacking = sorted({layer.weight.math.name for layer in model.layers if hasattr(layer, "weight") and not machine.gpu.supports(layer.weight.math.name)})
+    found += [f"{machine.gpu.name} has no {math} arithmetic: {math} weights are multiplied in {machine.gpu.runs_as(math)}" for math in lacking]
+    return found
