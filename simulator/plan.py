@@ -19,6 +19,12 @@ from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.serving import Request, Service, Speed, serve, speed
 
+#: A context longer than this is not limited by memory: every layer's cache is bounded.
+UNLIMITED_TOKENS = 2**34
+
+#: The largest gpu_memory_utilization one can sensibly ask for.
+_MOST_FRACTION = 0.97
+
 #: Numbers of GPUs tried for the smallest cluster: powers of two in a node, then whole nodes.
 _MOST_GPUS = 1024
 
@@ -141,7 +147,7 @@ def timed(
     model: ModelSpec, candidates: list[Candidate], machine: Cluster, request: Request, engine: Vllm, calibration: Calibration
 ) -> list[Candidate]:
     """Candidates with their times, the best first.  Where the means differ by less than 3 %, no answer here could tell
-    them apart: the one with fewer kinds of parallelism comes first, then the one with the shorter step."""
+    them apart: the one with fewer kinds of parallelism comes first, then the one with the earlier first token."""
     if not candidates:
         return []
     times = speed(model, stack([c.layout for c in candidates]), machine, request, engine=engine, calibration=calibration)
@@ -153,7 +159,7 @@ def timed(
         assert c.speed is not None
         close = c.speed.latency_s <= 1.03 * least
         kinds = sum(getattr(c.layout, f.name) > 1 for f in fields(Layout)[:-1])
-        return (not close, kinds if close else c.speed.latency_s, c.speed.tpot_s)
+        return (not close, kinds if close else float(c.speed.latency_s), float(c.speed.ttft_s))
 
     return sorted(found, key=rank)
 
@@ -178,10 +184,10 @@ def size(  # noqa: PLR0913
             model, best.layout, machine, request, engine=engine, calibration=calibration,
             price_usd_per_gpu_hour=machine.price_usd_per_gpu_hour if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour,
         )  # fmt: skip
-        others = ranked + [c for c in candidates if not c.fits]
+        others = ranked + sorted((c for c in candidates if not c.fits), key=lambda c: c.short_bytes)
     else:
-        best, service = min(candidates, key=lambda c: (c.capacity.available_bytes <= 0, c.short_bytes)), None
-        others = candidates
+        others = sorted(candidates, key=lambda c: (c.capacity.available_bytes <= 0, c.short_bytes))
+        best, service = others[0], None
     return Plan(
         model, machine, request, engine, best, ranked[1] if len(ranked) > 1 else None, others, refused, longest,
         smallest(model, machine, request, engine), service, warnings(model, request, machine),
@@ -223,6 +229,26 @@ def _completed(machine: Cluster, fixed: dict[str, int]) -> Layout:
         )
         raise ValueError(message)
     return layout
+
+
+def reason(plan: Plan, candidate: Candidate) -> str:
+    """Why a layout does not hold the request, and the nearest thing that would."""
+    capacity, model, layout = candidate.capacity, plan.model, candidate.layout
+    if capacity.available_bytes <= 0:
+        return f"weights and activations alone are {-capacity.available_bytes / 2**30:.1f} GiB per GPU too much"
+    told = [f"short by {candidate.short_bytes / 2**30:.1f} GiB per GPU"]
+    ranks = float(layout.tp * layout.pp)
+    copies = float(capacity.per_sequence_bytes) * ranks / max(float(model.cache_bytes(float(plan.request.context))), 1.0)
+    latent = any(isinstance(layer, LatentAttention) for layer in model.layers)
+    kept = round(float(layout.tp) / float(layout.dcp) / (1 if latent else min(_cache_heads(model), default=1)))
+    if kept > 1 and copies > 1.5:  # noqa: PLR2004
+        told.append(f"{kept} ranks keep copies of the same cache (--dcp removes them)")
+    fraction = (float(capacity.usable_bytes) + candidate.short_bytes) / float(plan.cluster.gpu.usable_bytes)
+    if fraction <= _MOST_FRACTION:
+        told.append(f"fits with --memory-fraction {np.ceil(fraction * 200) / 200:g}")
+    if candidate.longest:
+        told.append(f"holds {plan.request.concurrency} of {candidate.longest:,} tokens")
+    return "; ".join(told)
 
 
 def smallest(model: ModelSpec, machine: Cluster, request: Request, engine: Vllm) -> int | None:

@@ -15,7 +15,7 @@ from simulator.kernels.attention import Chunked, Window
 from simulator.layers import Attention, LatentAttention
 from simulator.layers.layer import Mixer
 from simulator.model import ModelSpec
-from simulator.plan import Candidate, Plan
+from simulator.plan import UNLIMITED_TOKENS, Candidate, Plan, reason
 from simulator.timing import Clock, seconds_bound, seconds_expected, seconds_no_overlap
 from simulator.units import BYTES, FLOPS, SECONDS, gib, show_tokens, significant
 from simulator.work import Leaf, Op
@@ -60,7 +60,7 @@ def show(interval: Interval, unit: str = "s") -> str:
     if unit == "s":
         return SECONDS.show(interval.value, n)
     if unit == "$":
-        return f"${significant(interval.value, n)}"
+        return _dollars(interval.value, n)
     return f"{significant(interval.value, n)} {unit}".strip()
 
 
@@ -69,8 +69,24 @@ def span(interval: Interval, unit: str = "s") -> str:
     n = digits(interval)
     if unit == "s":
         return f"{SECONDS.show(interval.low, n)} to {SECONDS.show(interval.high, n)}"
-    mark = "$" if unit == "$" else ""
-    return f"{mark}{significant(interval.low, n)} to {mark}{significant(interval.high, n)}"
+    if unit == "$":
+        return f"{_dollars(interval.low, n)} to {_dollars(interval.high, n)}"
+    return f"{significant(interval.low, n)} to {significant(interval.high, n)}"
+
+
+def _dollars(value: float, n: int) -> str:
+    """Dollars; nobody is billed a thousandth of a cent."""
+    return f"${significant(value, n)}" if value >= 0.001 or value == 0 else "below $0.001"  # noqa: PLR2004
+
+
+def _requests(plan: Plan) -> str:
+    count = plan.request.concurrency
+    return f"{count} request{'s' if count > 1 else ''}"
+
+
+def _length(tokens: int) -> str:
+    """A longest context in words."""
+    return "any length (every layer's cache is bounded)" if tokens >= UNLIMITED_TOKENS else f"{tokens:,} tokens"
 
 
 # ---- size
@@ -87,7 +103,7 @@ def verdict(plan: Plan) -> str:
         return f"FITS  {plan.best.layout} on {gpus}: {asked}, {gib(spare)} of cache free per GPU (holds {holds:,})"
     short = gib(plan.best.short_bytes)
     what = "weights and activations" if plan.binding_constraint == "weights" else "KV cache"
-    longest = f"longest context that fits = {plan.longest.longest:,} tokens" if plan.longest.longest else "no context fits"
+    longest = f"longest context that fits = {_length(plan.longest.longest)}" if plan.longest.longest else "no context fits"
     cluster = f"smallest cluster that works = {plan.smallest_gpus} GPUs" if plan.smallest_gpus else "no cluster up to 1,024 GPUs works"
     return f"DOES NOT FIT  {asked} on {gpus}: {what} short by {short} per GPU ({plan.best.layout}); {longest}; {cluster}"
 
@@ -148,21 +164,17 @@ def size_document(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
         "ttft_s": doc(service.cold.seconds if service else None),
         "ttft_cached_s": doc(service.hit.seconds if service else None),
         "tpot_s": doc(service.decode.seconds if service else None),
-        "tokens_per_s_per_gpu": {
-            "input": doc(service.input_tokens_per_s_per_gpu if service else None),
-            "output": doc(service.output_tokens_per_s_per_gpu if service else None),
-        },
+        "tokens_per_s_per_gpu": doc(service.output_tokens_per_s_per_gpu if service else None),
+        "input_tokens_per_s_per_gpu": doc(service.input_tokens_per_s_per_gpu if service else None),
         "cost_usd_per_million_tokens": {
             "input": doc(service.usd_per_million_input if service else None),
             "cached": doc(service.usd_per_million_cached if service else None),
             "output": doc(service.usd_per_million_output if service else None),
         },
         "cost_usd_per_request": doc(service.usd_per_request if service else None),
-        "energy_j_per_token": {
-            "input": doc(service.joules_per_input_token if service else None),
-            "output": doc(service.joules_per_output_token if service else None),
-        },
-        "alternatives": [_candidate_document(c) for c in plan.candidates[:12]],
+        "energy_j_per_token": doc(service.joules_per_output_token if service else None),
+        "energy_j_per_input_token": doc(service.joules_per_input_token if service else None),
+        "alternatives": [_candidate_document(plan, c) for c in plan.candidates],
         "tie": plan.tie,
         "refused_layouts": plan.refused,
         "launch": {"vllm": command, "notes": notes},
@@ -176,10 +188,10 @@ def _layout_document(layout: Any) -> dict[str, Any]:
     return {"name": str(layout), **{long: int(getattr(layout, short)) for long, short in names.items()}}
 
 
-def _candidate_document(candidate: Candidate) -> dict[str, Any]:
+def _candidate_document(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     speed = candidate.speed
     return {
-        "layout": str(candidate.layout), "fits": candidate.fits, "short_bytes_per_gpu": max(candidate.short_bytes, 0.0),
+        "layout": str(candidate.layout), "fits": candidate.fits, "reason": None if candidate.fits else reason(plan, candidate), "short_bytes_per_gpu": max(candidate.short_bytes, 0.0),
         "max_context_tokens": candidate.longest, "whole_sequences": int(candidate.capacity.whole_sequences),
         "max_concurrency": float(candidate.capacity.concurrency * candidate.capacity.replicas),
         "ttft_s": None if speed is None else float(speed.ttft_s), "tpot_s": None if speed is None else float(speed.tpot_s),
@@ -241,8 +253,9 @@ def _print_memory(plan: Plan, console: Console) -> None:
     memory = _memory(capacity, _needed(plan))
     gpu = plan.cluster.gpu
     explained = {
-        "weights": f"{plan.model.quantization if plan.model.quantization != 'none' else 'unquantised'} checkpoint, tightest GPU of {plan.best.layout}",
-        "cache": f"{plan.request.concurrency} requests of {plan.request.context:,} tokens in {plan.model.cache.name}, as vLLM allocates it",
+        "weights": f"{plan.model.quantization if plan.model.quantization != 'none' else plan.model.embedding.weight.name} checkpoint"
+        + (f", fullest GPU of {plan.best.layout}" if plan.best.layout.gpus > 1 else ""),
+        "cache": f"{_requests(plan)} of {plan.request.context:,} tokens in {plan.model.cache.name}, as vLLM allocates it",
         "activations": f"profile run of {plan.engine.step_tokens(gpu):,} tokens",
         "workspace": "expansion of latents during prefill" if memory["workspace"] else "",
         "engine": "allocator, CUDA graphs (assumed)",
@@ -269,7 +282,7 @@ def _print_cache(plan: Plan, console: Console) -> None:
         console.print(f"  vLLM holds {allocated / total:.2f} x the architecture's bytes: copies of the cache over ranks, whole blocks, tokens in flight")
     for line in capacity.log_lines:
         console.print(f"  {line}" + (f"   (each of {int(capacity.replicas)} engines)" if capacity.replicas > 1 else ""), highlight=False)
-    console.print(f"  longest context for {plan.request.concurrency} at once: {plan.longest.longest:,} tokens ({plan.longest.layout})", highlight=False)
+    console.print(f"  longest context for {plan.request.concurrency} at once: {_length(plan.longest.longest)} ({plan.longest.layout})", highlight=False)
     console.print()
 
 
@@ -293,7 +306,7 @@ def _print_service(plan: Plan, console: Console) -> None:
     rows.append(["J per output token (all GPUs at TDP)", show(energy, "J"), span(energy, ""), energy.basis, ""])
     _table(console, "Speed and price", ["", "value", "80 % interval", "basis", "what binds"], rows)
     console.print(
-        f"  prices assume {request.concurrency} concurrent requests, {request.output:,} output tokens each, no idle GPUs; "
+        f"  prices assume {_requests(plan)} at a time, {request.output:,} output tokens each, no idle GPUs; "
         f"no time is below its bound: cold prefill {SECONDS.show(service.cold.lower, 2)}, decode step {SECONDS.show(service.decode.lower, 2)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -307,7 +320,7 @@ def _print_choice(plan: Plan, console: Console) -> None:
         speed = candidate.speed
         told = "chosen" if candidate is plan.best or candidate.layout is plan.best.layout else ""
         if not candidate.fits:
-            told = f"short by {gib(candidate.short_bytes)} per GPU; longest {candidate.longest:,} tokens"
+            told = reason(plan, candidate)
         rows.append([
             str(candidate.layout), f"{float(candidate.capacity.concurrency * candidate.capacity.replicas):.1f}",
             SECONDS.show(float(speed.ttft_s), 2) if speed else "", SECONDS.show(float(speed.tpot_s), 2) if speed else "",
@@ -320,16 +333,21 @@ def _print_choice(plan: Plan, console: Console) -> None:
             console.print(f"  {plan.runner_up.layout} is a tie: {abs(gap):.0%} apart, inside the interval; fewer kinds of parallelism are preferred", highlight=False, soft_wrap=True)
         else:
             console.print(f"  {plan.runner_up.layout} lost: {gap:.0%} more time for the mean request", highlight=False, soft_wrap=True)
-    lost = [c for c in plan.candidates if not c.fits]
-    if plan.fits and lost:
-        worst = min(lost, key=lambda c: c.short_bytes)
-        console.print(
-            f"  {len(lost)} of {len(plan.candidates)} layouts do not hold the request; the nearest, {worst.layout}, is short by "
-            f"{gib(worst.short_bytes)} per GPU", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    if plan.fits:
+        _print_lost(plan, console)
     if plan.refused:
         console.print("  left out by a rule: " + ", ".join(f"{n} by {rule}" for rule, n in plan.refused.items()), highlight=False)
     console.print()
+
+
+def _print_lost(plan: Plan, console: Console) -> None:
+    """The layouts that do not hold the request: how many, and the plainest of them with their reasons."""
+    lost = [c for c in plan.candidates if not c.fits]
+    if not lost:
+        return
+    console.print(f"  {len(lost)} of {len(plan.candidates)} layouts do not hold the request, among them:", highlight=False)
+    for candidate in sorted(lost, key=lambda c: (len(str(c.layout).split()), c.short_bytes))[:3]:
+        console.print(f"    {candidate.layout}: {reason(plan, candidate)}", highlight=False, soft_wrap=True)
 
 
 def _print_inputs(inputs: dict[str, Any], console: Console) -> None:
@@ -389,6 +407,12 @@ def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: 
     ]
     _table(console, "By kind of layer", ["layers", "kernel", "row", "tokens kept", "per sequence"], rows)
     engine = document["engines"]["vllm"]
+    if not engine["capacity_tokens"]:
+        console.print(
+            f"vLLM on {document['inputs']['gpus']} x {document['inputs']['gpu']} as {document['inputs']['layout']} would not start: weights and "
+            "activations leave no room for a cache; give more GPUs (--tp 8)", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return
     console.print(f"vLLM on {document['inputs']['gpus']} x {document['inputs']['gpu']}: {gib(engine['bytes_per_sequence_per_gpu'])} per GPU for one sequence", highlight=False)
     for line in engine["log"]:
         console.print(f"  {line}", highlight=False)

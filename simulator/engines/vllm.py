@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -202,10 +202,10 @@ class Vllm:
         1.5 times it.
         """
         kinds: dict[tuple[int | None, bool], list[int]] = {}
+        kept = [[_kept(layer) for layer in block if isinstance(layer, Mixer)] for block in model.kinds]
         for index, kind in enumerate(model.order):
-            for layer in model.kinds[kind]:
-                if isinstance(layer, Mixer):
-                    kinds.setdefault(_kept(layer), []).append(index)
+            for what in kept[kind]:
+                kinds.setdefault(what, []).append(index)
         if len(kinds) == 1:
             ((window, whole), layers), = kinds.items()
             return [Group(tuple(layers), window, whole)]
@@ -219,16 +219,28 @@ class Vllm:
 
     def blocks_per_sequence(self, model: ModelSpec, layout: Layout, gpu: Gpu, tokens: Tokens) -> Count:
         """Pool blocks one request of `tokens` takes: every group its own."""
-        block, flight = float(self.block_tokens(model, gpu)), self._in_flight(model, layout, gpu)
-        total: Count = 0.0
-        for group in self.groups(model):
-            if group.window is None:
-                total = total + ceil(ceil(tokens / layout.dcp) / block)
-            elif group.whole_block:
-                total = total + ceil(minimum(group.window + flight, tokens) / block)
-            else:
-                total = total + ceil(minimum(group.window - 1 + flight, tokens) / block) + 1
-        return total
+        return self._blocks(model, layout, gpu)(tokens)
+
+    def _blocks(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> Callable[[Tokens], Count]:
+        """Pool blocks as a function of tokens.
+
+        full: ceil(ceil(L / dcp) / b); window W: ceil(min(W - 1 + F, L) / b) + 1; chunk K: ceil(min(K + F, L) / b), F tokens
+        in flight.
+        """
+        block, flight, groups = float(self.block_tokens(model, gpu)), self._in_flight(model, layout, gpu), self.groups(model)
+
+        def count(tokens: Tokens) -> Count:
+            total: Count = 0.0
+            for group in groups:
+                if group.window is None:
+                    total = total + ceil(ceil(tokens / layout.dcp) / block)
+                elif group.whole_block:
+                    total = total + ceil(minimum(group.window + flight, tokens) / block)
+                else:
+                    total = total + ceil(minimum(group.window - 1 + flight, tokens) / block) + 1
+            return total
+
+        return count
 
     def _in_flight(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> Tokens:
         """Tokens scheduled but not yet computed: asynchronous scheduling keeps pp + 1 batches (2, or pp, for MoE)."""
@@ -264,19 +276,19 @@ class Vllm:
     def _layers_per_block(self, model: ModelSpec, stages: int) -> int:
         """The most layers of one group on one of `stages` pipeline stages."""
         ends = np.cumsum([sum(float(c) for c in stage.counts) for stage in Layout(pp=stages).pipeline.stages(model)])
-        most = 0
-        for group in self.groups(model):
+        most, groups = 0, self.groups(model)
+        for group in groups:
             stage_of = np.searchsorted(ends, np.array(group.layers), side="right")
             most = max(most, int(np.bincount(stage_of).max()))
         return most
 
     def longest(self, model: ModelSpec, layout: Layout, cluster: Cluster, capacity: Capacity, sequences: int = 1) -> Tokens:
         """The longest context at which `sequences` requests fit together, by bisection; 0 where not even one token."""
-        each = ceil(sequences / capacity.replicas)
+        each, blocks = ceil(sequences / capacity.replicas), self._blocks(model, layout, cluster.gpu)
         low, high = 0.0 * capacity.blocks, 2.0**34 + 0.0 * capacity.blocks
         for _ in range(35):
             middle = floor((low + high + 1) / 2)
-            fits = each * self.blocks_per_sequence(model, layout, cluster.gpu, middle) <= capacity.blocks - 1
+            fits = each * blocks(middle) <= capacity.blocks - 1
             low, high = where(fits, middle, low), where(fits, high, middle - 1)
         return low
 
