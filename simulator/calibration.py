@@ -25,20 +25,17 @@ class Constants:
     """Constants of one family of ops.
 
     tensor, special, memory: shares of peak attained at saturation.  depth_half: trip count of a tile's inner loop at
-    half of it.  bytes_half: traffic at half of the bandwidth.  wave: 1 stepped, 0 smooth.  launch_s: the op's own
-    fixed time on the GPU.  power: exponent of the smooth maximum.  sustained: share of `tensor` left when the power
-    cap binds.  sigma: standard deviation of log(measured / predicted) on held-out rows.
+    half of it.  wave: 1 stepped, 0 smooth.  launch_s: the op's own
+    fixed time on the GPU.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
     """
 
     tensor: Fraction = 1.0
     special: Fraction = 1.0
     memory: Fraction = 1.0
     depth_half: float = 0.0
-    bytes_half: float = 0.0
     wave: float = 0.0
     launch_s: Seconds = 0.0
     power: int = 0
-    sustained: Fraction = 1.0
     sigma: float = 0.0
     basis: str = "analytic"
     source: str = ""

@@ -21,8 +21,8 @@ from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
 from simulator.timing import Clock, seconds_bound, seconds_expected, seconds_no_overlap
-from simulator.units import Bytes, Count, Flops, Num, Seconds, Tokens
-from simulator.work import ByKernel, Leaf, Row, Rows, Work, fold, quantity
+from simulator.units import Bytes, Count, Flops, Num, Seconds, Tokens, minimum
+from simulator.work import ByKernel, Leaf, Row, Rows, Work, fold, peak_bytes, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004
@@ -164,7 +164,7 @@ def estimate(  # noqa: PLR0913 (the question has these parts)
     return Estimate(
         model=model, layout=layout, cluster=cluster, phase=phase, lower=lower,
         seconds=interval(by_family, calibration, value, lower), upper=float(seconds_no_overlap(work, clock)),
-        footprint=_held(system, phase), rows=_merged(fold(work, Rows(clock.expected))), calibration=calibration, work=work,
+        footprint=_held(system, phase, work), rows=_merged(fold(work, Rows(clock.expected))), calibration=calibration, work=work,
         **amounts,
     )  # fmt: skip
 
@@ -178,20 +178,23 @@ def check(model: ModelSpec, cluster: Cluster, layout: Layout) -> None:
         raise ValueError(message)
 
 
-def _held(system: System, phase: Phase) -> Footprint:
-    """What the phase needs resident: caches of its sequences at its context, activations of its step."""
+def _held(system: System, phase: Phase, work: Work) -> Footprint:
+    """What the phase needs resident: weights, the caches of its sequences at its context, the activations of its work."""
     if isinstance(phase, Mixed):
-        sequences = sum(float(np.max(s.sequences)) for s in phase.segments)
-        longest = max(float(np.max(s.context)) for s in phase.segments)
-        return system.footprint(sequences=sequences, context=longest, step_tokens=sum(float(np.max(s.tokens)) for s in phase.segments))
-    step = _step_tokens(phase)
-    return system.footprint(sequences=phase.batch, context=phase.context, step_tokens=step, step_context=phase.context)
+        sequences: Num = sum(float(np.max(s.sequences)) for s in phase.segments)
+        context: Num = max(float(np.max(s.context)) for s in phase.segments)
+        step = sum(float(np.max(s.tokens)) for s in phase.segments)
+    else:
+        sequences, context, step = phase.batch, phase.context, _step_tokens(phase)
+    activations = peak_bytes(work) + system.residual_bytes(step)
+    return replace(system.resident(sequences=sequences, context=context), activations=activations)
 
 
 def _step_tokens(phase: Prefill | Decode) -> Tokens:
     if isinstance(phase, Decode):
         return phase.batch * phase.new_tokens
-    return phase.context - phase.prefix if phase.chunk is None else np.minimum(phase.chunk, phase.context - phase.prefix)
+    new = phase.context - phase.prefix
+    return new if phase.chunk is None else minimum(phase.chunk, new)
 
 
 def _merged(rows: list[Row]) -> list[Row]:
@@ -224,7 +227,7 @@ def bare(  # noqa: PLR0913
     """Bound, expected time and footprint without rows or interval, for numbers or arrays."""
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
-    held = _held(system, phase) if with_footprint else Footprint()
+    held = _held(system, phase, work) if with_footprint else Footprint()
     return Bare(seconds_bound(work, cluster), seconds_expected(work, Clock(cluster, calibration)), held.total, held.weights, held.cache)
 
 
@@ -260,12 +263,13 @@ def sweep(  # noqa: PLR0913
 
 
 def _numbers(thing: Any) -> list[Any]:
-    return [getattr(thing, f.name) for f in fields(thing) if getattr(thing, f.name) is not None]
+    return [v for f in fields(thing) if isinstance(v := getattr(thing, f.name), (int, float, np.ndarray))]
 
 
 def _map(thing: Any, function: Callable[[Any], Any]) -> Any:
+    """The same question with `function` applied to each of its numbers."""
     assert is_dataclass(thing)
-    return replace(thing, **{f.name: function(getattr(thing, f.name)) for f in fields(thing)})  # type: ignore[type-var]
+    return replace(thing, **{f.name: function(getattr(thing, f.name)) for f in fields(thing) if f.init})  # type: ignore[type-var]
 
 
 __all__ = ["Bare", "Count", "Engine", "Estimate", "Interval", "bare", "binding_resource", "check", "estimate", "interval", "sweep"]

@@ -13,10 +13,11 @@ import numpy as np
 
 from simulator.hardware import Cluster, Gpu, link_seeds
 from simulator.units import Bytes, Count, Flops, Num, Seconds, ceil, floor, maximum, minimum, where
-from simulator.work import Message, Op
+from simulator.work import Group, Op
 
-#: Rows and columns of the output tile of large products on tensor cores since Ampere (CUTLASS and cuBLAS defaults).
-TILE_M, TILE_N = 128.0, 128.0
+#: Rows and columns of the output tile of large products on tensor cores since Ampere (CUTLASS and cuBLAS defaults);
+#: rows are padded to the instruction's 64.
+TILE_M, TILE_N, PAD_M = 128.0, 128.0, 64.0
 
 
 class Launched(NamedTuple):
@@ -34,83 +35,76 @@ class Launched(NamedTuple):
 
 
 def launch_gemm(op: Op, gpu: Gpu) -> Launched:
-    """Tiles of 128 x 128 (64 rows when m is small); every wave of tiles reads its own panels of both operands.
+    """Rows padded to 64, tiles of 128 x 128; every wave of tiles reads its own panels of both operands.
 
-    HBM: compulsory, plus what does not stay in L2 between waves: a wave covers a square of side
-    s = sqrt(SMs x tile), so panels are read K (M N / s) times; they are hits while one wave's panels of the smaller
-    operand fit in half the L2.  Source: FORMULAS 3.6.
+    HBM: compulsory, plus what does not stay in L2 between waves.  A wave covers a square of side s = sqrt(SMs x tile), so
+    panels are requested flops (a + w) / (2 s) bytes in all; the share that misses grows as the smaller operand outgrows
+    the L2, x / (x + L2), a quarter at most.  Source: FORMULAS 3.6.
     """
     s = op.shape
     m, n, k = s["m"], s["n"], s["k"]
-    rows = where(m <= 64, 64.0, TILE_M)
-    tiles = ceil(m / rows) * ceil(n / TILE_N)
+    rows = ceil(m * (1 / PAD_M)) * PAD_M
+    tiles = rows * ceil(n * (1 / TILE_N)) * (1 / TILE_M)
     side = (gpu.units * TILE_M * TILE_N) ** 0.5
-    again_a = maximum(n / side - 1, 0.0) * m * s["activation_bytes"] * k
-    again_b = maximum(m / side - 1, 0.0) * n * s["weight_bytes"] * k
     smaller = minimum(m * s["activation_bytes"], n * s["weight_bytes"]) * k
-    missed = smaller / (smaller + gpu.l2_bytes)
-    padded = ceil(m / rows) * rows / maximum(m, 1e-9)
-    return Launched(
-        op.tensor_flops * where(m > 64, padded, 1.0), 0.0, op.hbm_bytes + 0.25 * missed * minimum(again_a, again_b),
-        tiles, gpu.units, k,
-    )  # fmt: skip
+    requested = op.tensor_flops * ((s["activation_bytes"] + s["weight_bytes"]) * 0.125 / side)
+    again = requested * (smaller / (smaller + gpu.l2_bytes))
+    return Launched(rows * (n * (2.0 * k)), 0.0, op.hbm_bytes + again, tiles, gpu.units, k)
 
 
 def launch_grouped_gemm(op: Op, gpu: Gpu) -> Launched:
-    """Each expert's rows are padded to whole tiles of 64 (few rows) or 128."""
+    """Each expert's rows are padded to whole tiles of 64: by half a tile on average, and never to less than one."""
     s = op.shape
     experts = maximum(s["experts"], 1e-9)
-    each = s["m"] / experts
-    rows = where(each <= 64, 64.0, TILE_M)
-    # a random number of rows pads by half a tile on average, and never to less than one tile
-    padded = maximum(each + 0.5 * rows, rows)
-    tiles = experts * (padded / rows) * ceil(s["n"] / TILE_N)
-    return Launched(op.tensor_flops * padded / maximum(each, 1e-9), 0.0, op.hbm_bytes, tiles, gpu.units, s["k"])
+    rows = maximum(s["m"] + experts * (0.5 * PAD_M), experts * PAD_M)
+    tiles = rows * ceil(s["n"] * (1 / TILE_N)) * (1 / TILE_M)
+    return Launched(rows * (s["n"] * (2.0 * s["k"])), 0.0, op.hbm_bytes, tiles, gpu.units, s["k"])
 
 
 def launch_attention(op: Op, gpu: Gpu) -> Launched:
     """Query tiles of 128 rows (64 for wide heads), whole key tiles on the mask's edge.
 
-    executed pairs = C' (pairs / C + (B_M - 1) / 2 x (share of the rows whose edge is masked)), C' = C rounded up to
-    tiles; exact for causal chunks aligned to tiles.  K and V are re-read from HBM once per wave that sweeps a
-    key-value head which does not fit in half the L2: rho = (w P + C (w + 1) / 2) / (P + C), smoothed by
-    x / (1 + x) of its size over the L2.  Source: FORMULAS 1.2, 3.3.
+    executed pairs = C' (pairs / C + (B_M - 1) / 2 where the edge is masked), C' = C rounded up to tiles: exact for causal
+    chunks aligned to tiles.  K and V are re-read from HBM once per further wave that sweeps a key-value head, as far as
+    the head does not fit in half the L2: (w - 1)(1 - C / 2(P + C)) x / (1 + x), x = (head bytes / half L2)^2, which is
+    FORMULAS 3.3's rho smoothed.  Source: FORMULAS 1.2, 3.3.
     """
     s = op.shape
-    tokens, keys = maximum(s["tokens"], 1e-9), s["keys"]
-    rows = 128.0 if s["v_head_dim"] <= 128 else 64.0
-    padded = ceil(tokens / rows) * rows
-    pairs_each = s["pairs"] / maximum(s["sequences"], 1e-9)
-    mean_keys = pairs_each / tokens
-    edge = where(mean_keys < keys, (rows - 1) * 0.5, 0.0)
-    executed = padded * (mean_keys + edge) / maximum(pairs_each, 1e-9)
-    tiles = (padded / rows) * s["heads"] * s["sequences"]
-    head_bytes = s["live"] / maximum(s["sequences"], 1e-9) * s["row_bytes"] / maximum(s["kv_heads"], 1e-9)
-    group = s["heads"] / maximum(s["kv_heads"], 1e-9)
-    waves = maximum(padded / rows * group / gpu.units, 1.0)
-    new = minimum(tokens / maximum(s["context"], 1e-9), 1.0)
-    swept = waves * (1 - new) + new * (waves + 1) * 0.5
-    excess = head_bytes / (0.5 * gpu.l2_bytes)
-    missed = excess * excess / (1 + excess * excess)
-    again = (swept - 1) * missed * s["live"] * s["row_bytes"]
-    return Launched(
-        op.tensor_flops * executed, op.exponentials * executed, op.hbm_bytes + maximum(again, 0.0), tiles, gpu.units, mean_keys
-    )
+    tokens = maximum(s["tokens"], 1e-9)
+    rows = 128.0 if s["v_head_dim"] <= 128 else 64.0  # noqa: PLR2004 (tile height halves beyond 128 wide heads)
+    blocks = ceil(tokens * (1 / rows))
+    padded = blocks * (rows / tokens)
+    edge = s["masked"] * (0.5 * (rows - 1))
+    queries = s["sequences"] * s["heads"] * tokens
+    executed = (s["scores"] + queries * edge) * padded
+    flops_per_score = 2.0 * (s["head_dim"] + s["v_head_dim"])
+    if op.kernel == "attention_backward":
+        flops_per_score = 2.0 * (3 * s["head_dim"] + 2 * s["v_head_dim"])
+    tiles = blocks * (s["heads"] * s["sequences"])
+    waves = maximum(blocks * s["heads"] / (s["kv_heads"] * gpu.units), 1.0) - 1.0
+    moved = s["live"] * s["row_bytes"]
+    excess = moved * (1.0 / (s["sequences"] * s["kv_heads"] * (0.5 * gpu.l2_bytes)))
+    squared = excess * excess
+    swept = waves * (1 - (0.5 * tokens * s["sequences"]) / s["live"])
+    again = moved * swept * (squared / (1 + squared))
+    return Launched(executed * flops_per_score, executed, op.hbm_bytes + again, tiles, gpu.units, s["scores"] / queries)
 
 
 def launch_decode(op: Op, gpu: Gpu) -> Launched:
     """Keys split over the SMs: the query rows of a key-value head share a tile of 64 rows; each split writes fp32
     partial outputs and reads them once.  Source: FORMULAS 3.4, FlashAttention's num_splits_heuristic in closed form."""
     s = op.shape
-    group_rows = s["heads"] / maximum(s["kv_heads"], 1e-9) * s["tokens"]
-    padded = ceil(group_rows / 64.0) * 64.0
-    blocks = maximum(ceil(s["keys"] / 128.0), 1.0)
-    heads = s["sequences"] * s["kv_heads"] * ceil(group_rows / 64.0)
+    group_rows = s["heads"] / s["kv_heads"] * s["tokens"]
+    row_tiles = ceil(group_rows * (1 / PAD_M))
+    padded = row_tiles * PAD_M / maximum(group_rows, 1e-9)
+    blocks = maximum(ceil(s["keys"] * (1 / 128.0)), 1.0)
+    heads = s["sequences"] * s["kv_heads"] * row_tiles
     splits = minimum(maximum(gpu.units / maximum(heads, 1e-9), 1.0), blocks)
-    partials = where(splits > 1.0, 2 * 4.0 * s["sequences"] * s["heads"] * s["tokens"] * splits * (s["v_head_dim"] + 1), 0.0)
+    outputs = s["sequences"] * s["heads"] * s["tokens"] * (8.0 * (s["v_head_dim"] + 1))
+    partials = where(splits > 1.0, outputs * splits, 0.0)
     return Launched(
-        op.tensor_flops * padded / maximum(group_rows, 1e-9), op.exponentials * padded / maximum(group_rows, 1e-9),
-        op.hbm_bytes + partials, heads * splits, gpu.units, maximum(s["keys"] / splits, 1.0),
+        op.tensor_flops * padded, op.exponentials * padded, op.hbm_bytes + partials, heads * splits, gpu.units,
+        maximum(s["keys"] / splits, 1.0),
     )  # fmt: skip
 
 
@@ -136,62 +130,63 @@ def launch(op: Op, gpu: Gpu) -> Launched:
     return LAUNCHES[op.kernel](op, gpu)
 
 
-class Sent(NamedTuple):
-    """A message as carried: bytes through this rank's port, the rate they get, and the latency of all steps."""
-
-    wire_bytes: Bytes
-    bytes_per_s: Num
-    latency_s: Seconds
-
-
-def port(message: Message, cluster: Cluster) -> tuple[Bytes, Num, Seconds]:
-    """Bytes through this rank's slowest port, that port's rate, and the latency of one hop.
-
-    Inside one scale-up domain: everything at the domain's rate.  Across nodes, with l ranks of the group per node:
-    rings cross a node's edge once each, so all-reduce, all-gather and reduce-scatter run at min(scale-up, l x NIC);
-    an all-to-all sends (n - l) / n of its payload through the rank's own NIC.  Source: FORMULAS 5.3; NCCL rings.
-    """
-    n, stride = message.group.ranks, message.group.stride
-    crossing = cluster.tier(n, stride)
-    if len(cluster.tiers) == 1 or (type(crossing.index) is float and crossing.index == 0.0):
-        return message.wire_bytes, crossing.bytes_per_s, crossing.latency_s
-    first = cluster.tiers[0]
-    local = maximum(minimum(n, floor(minimum(first.domain, cluster.gpus_per_node) / stride)), 1.0)
-    outside = crossing.index > 0
-    if message.pattern == "all_to_all":
-        remote = message.payload_bytes * maximum(n - local, 0.0) / n
-        return where(outside, remote, message.wire_bytes), crossing.bytes_per_s, crossing.latency_s
-    if message.pattern == "send":
-        return message.wire_bytes, crossing.bytes_per_s, crossing.latency_s
-    together = minimum(first.bytes_per_s, crossing.bytes_per_s * local)
-    return message.wire_bytes, where(outside, together, crossing.bytes_per_s), crossing.latency_s
-
-
 #: Of NCCL's protocols: share of the link rate that carries data, and latency of a hop over that of LL.
 #: LL sends a flag with every 4 bytes; the others' hop latencies are NCCL's (links.toml), NVLink rows.
 _LL_RATE, _SIMPLE_HOP = 0.5, 3.4 / 0.6
 
 
-def carry(message: Message, cluster: Cluster) -> Sent:
-    """The protocol and algorithm NCCL would choose by size: the least of LL and Simple, each with the lower of ring and
-    tree hops for an all-reduce (2 (n - 1) and 2 log2 n), n - 1 for gathers, one for sends and all-to-alls.
+class Port(NamedTuple):
+    """What messages of one pattern meet in one group: everything of their time but their size.
 
-    NVLS (reduction in the switch) is left out: it needs multicast, which not every host allows.
-    Source: FORMULAS 5.1; NCCL src/graph/tuning.cc.
+    `share` of the wire bytes passes this rank's slowest port at `bytes_per_s`; `short_s` and `long_s` are the latencies
+    of all steps under LL and under Simple.
     """
-    n = message.group.ranks
-    wire, rate, hop = port(message, cluster)
-    if message.pattern == "all_reduce":
+
+    share: Num
+    bytes_per_s: Num
+    short_s: Seconds
+    long_s: Seconds
+
+
+def port(pattern: str, group: Group, cluster: Cluster) -> Port:
+    """The slowest port of a rank of `group`.
+
+    Inside one scale-up domain: everything at the domain's rate.  Across nodes, with l ranks of the group per node:
+    rings cross a node's edge once each, so all-reduce, all-gather and reduce-scatter run at min(scale-up, l x NIC);
+    an all-to-all sends (n - l) / (n - 1) of its wire bytes through the rank's own NIC.  Hops: the lower of ring
+    2 (n - 1) and tree 2 log2 n for an all-reduce, n - 1 for gathers, one for sends and all-to-alls.
+    NVLS (reduction in the switch) is left out: it needs multicast, which not every host allows.
+    Source: FORMULAS 5.1, 5.3; NCCL src/graph/tuning.cc.
+    """
+    n = group.ranks
+    crossing = cluster.tier(n, group.stride)
+    share: Num = 1.0
+    rate = crossing.bytes_per_s
+    inside = type(crossing.index) is float and crossing.index == 0.0
+    if len(cluster.tiers) > 1 and not inside and pattern != "send":
+        first = cluster.tiers[0]
+        local = maximum(minimum(n, floor(minimum(first.domain, cluster.gpus_per_node) / group.stride)), 1.0)
+        outside = crossing.index > 0
+        if pattern == "all_to_all":
+            share = where(outside, maximum(n - local, 0.0) / maximum(n - 1.0, 1.0), 1.0)
+        else:
+            rate = where(outside, minimum(first.bytes_per_s, rate * local), rate)
+    if pattern == "all_reduce":
         steps = minimum(2 * (n - 1), 2 * _log2(n))
-    elif message.pattern in ("all_gather", "reduce_scatter"):
-        steps = n - 1
     else:
-        steps = minimum(n - 1, 1.0)
+        steps = n - 1 if pattern in ("all_gather", "reduce_scatter") else minimum(n - 1, 1.0)
     base = link_seeds().latency_s["base"]["ring"]
-    short, long = base["ll"] + steps * hop, base["simple"] + steps * hop * _SIMPLE_HOP
-    small = short + wire / (rate * _LL_RATE) < long + wire / rate
-    sends = wire > 0
-    return Sent(wire, where(small, rate * _LL_RATE, rate), where(sends, where(small, short, long), 0.0))
+    hop = crossing.latency_s
+    return Port(share, rate, base["ll"] + steps * hop, base["simple"] + steps * hop * _SIMPLE_HOP)
+
+
+def carry(wire_bytes: Bytes, through: Port, attained: Num) -> Seconds:
+    """Seconds of a message under the protocol NCCL would choose by size: the lesser of LL and Simple.
+
+    t = latency + bytes / rate; no bytes take no time.
+    """
+    ideal = wire_bytes * (through.share / (through.bytes_per_s * attained))
+    return where(wire_bytes > 0, minimum(through.short_s + ideal * (1 / _LL_RATE), through.long_s + ideal), 0.0)
 
 
 def _log2(n: Num) -> Num:
@@ -203,7 +198,7 @@ def fills(launched: Launched, blend: Num) -> Num:
 
     stepped: T / (ceil(T / S) S); smooth (persistent, stream-K): min(1, T / S).  blend 1 is stepped, 0 is smooth.
     """
-    per_slot = launched.tiles / launched.slots
+    per_slot = launched.tiles * (1.0 / launched.slots)
     smooth = minimum(per_slot, 1.0)
     if type(blend) is float and blend == 0.0:
         return smooth
@@ -211,4 +206,4 @@ def fills(launched: Launched, blend: Num) -> Num:
     return stepped * blend + smooth * (1 - blend)
 
 
-__all__ = ["LAUNCHES", "Launched", "Sent", "carry", "fills", "launch", "port"]
+__all__ = ["LAUNCHES", "Launched", "Port", "carry", "fills", "launch", "port"]

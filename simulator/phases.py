@@ -7,7 +7,7 @@ differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -153,34 +153,30 @@ class System:
         starts = np.concatenate([np.zeros_like(rest * ends[:1]), 1 + rest * (ends - shares)])
         return counts, Segment(replicas, chunk, phase.prefix + starts * chunk, chunks=np.maximum(counts, 1e-9))
 
-    def footprint(self, *, sequences: Num, context: Num, step_tokens: Num, step_context: Num | None = None) -> Footprint:
+    def footprint(self, *, sequences: Num, context: Num, step_tokens: Num) -> Footprint:
         """What the most demanding rank holds: weights, the caches of `sequences` at `context` tokens, and the
-        activations of the largest step, `step_tokens` new tokens after `step_context`."""
+        activations of a step of `step_tokens` new tokens."""
+        return replace(self.resident(sequences=sequences, context=context), activations=self.activation_bytes(step_tokens))
+
+    def resident(self, *, sequences: Num, context: Num) -> Footprint:
+        """Weights and caches of the stage that holds most of both."""
         stored = (Segment(sequences, 0.0, context),)
         kinds = [self._resident(block, stored) for block in self.model.kinds]
         ends = [self._resident((layer,), stored)[0] for layer in (self.model.embedding, self.model.head)]
-        activations = self.activation_bytes(step_tokens, step_context)
+        tied = ends[0] if self.model.head.tied else 0.0
         largest: Footprint | None = None
         for stage in self.stages:
-            weights: Bytes = stage.first * ends[0] + stage.last * ends[1]
-            if self.model.head.tied:
-                # the stage with the head holds the embedding too, once
-                weights = weights + stage.last * (1 - stage.first) * ends[0]
+            # a last stage apart from the first holds a tied embedding once more
+            weights: Bytes = stage.first * ends[0] + stage.last * (ends[1] + (1 - stage.first) * tied)
             cache: Bytes = 0.0
             for count, (held, kept) in zip(stage.counts, kinds, strict=True):
                 weights, cache = weights + count * held, cache + count * kept
-            part = Footprint(weights=weights, cache=cache, activations=activations)
             if largest is None:
-                largest = part
+                largest = Footprint(weights=weights, cache=cache)
             else:
-                more = part.weights + part.cache > largest.weights + largest.cache
-                largest = Footprint(
-                    weights=where(more, part.weights, largest.weights), cache=where(more, part.cache, largest.cache),
-                    activations=activations,
-                )  # fmt: skip
-        if largest is None:
-            message = "a layout without stages"
-            raise AssertionError(message)
+                more = weights + cache > largest.weights + largest.cache
+                largest = Footprint(weights=where(more, weights, largest.weights), cache=where(more, cache, largest.cache))
+        assert largest is not None
         return largest
 
     def _resident(self, block: Sequence[Layer], stored: tuple[Segment, ...]) -> tuple[Bytes, Bytes]:
@@ -194,17 +190,15 @@ class System:
                 cache = cache + layer.state_bytes(held, self.cache)
         return weights, cache
 
-    def cache_bytes(self, sequences: Num, context: Num) -> Bytes:
-        """Cache of the most demanding rank alone."""
-        return self.footprint(sequences=sequences, context=context, step_tokens=1.0).cache
+    def residual_bytes(self, step_tokens: Num) -> Bytes:
+        """The residual stream and the block output beside it: two tensors of T D."""
+        return step_tokens * (2 * self.model.hidden_size * BF16.bytes)
 
-    def activation_bytes(self, step_tokens: Num, step_context: Num | None = None) -> Bytes:
-        """The most activations held in one step of `step_tokens`: the residual stream (two tensors of T D) and the
-        widest op of any layer.  Attention keeps no score matrix; its cost is the kernel's inputs and outputs."""
-        replicas = self.layout.dp * self.layout.dp_attention
-        past = 0.0 if step_context is None else maximum(step_context - step_tokens, 0.0)
-        segments = (Segment(replicas, step_tokens, past),)
+    def activation_bytes(self, step_tokens: Num) -> Bytes:
+        """The most activations held in one step of `step_tokens`: the residual stream and the widest op of any layer.
+        Attention keeps no score matrix; its cost is the kernel's inputs and outputs."""
+        segments = (Segment(self.layout.dp * self.layout.dp_attention * 1.0, step_tokens, 0.0),)
         peak: Bytes = 0.0
         for layer in (*self.model.layers, self.model.embedding):
             peak = maximum(peak, peak_bytes(self._layer(layer, segments, Direction.FORWARD)[1]))
-        return peak + step_tokens * (2 * self.model.hidden_size * BF16.bytes)
+        return peak + self.residual_bytes(step_tokens)

@@ -7,7 +7,7 @@ Layouts are compared by the time the mean request takes when `concurrency` of th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from simulator.engines.vllm import Capacity, Vllm
 from simulator.hardware import Cluster, cluster
 from simulator.layers import Attention, LatentAttention, MoE
 from simulator.model import ModelSpec
-from simulator.parallel import Layout
+from simulator.parallel import DEGREES, Layout
 from simulator.serving import Request, Service, Speed, serve, speed
 
 #: A context longer than this is not limited by memory: every layer's cache is bounded.
@@ -124,7 +124,7 @@ def refusals(model: ModelSpec, layout: Layout, engine: Vllm) -> list[str]:
 
 def stack(chosen: list[Layout]) -> Layout:
     """Many layouts as one whose degrees are arrays."""
-    return Layout(*(np.array([float(getattr(layout, f.name)) for layout in chosen]) for f in fields(Layout)[:-1]))
+    return Layout(*(np.array([float(getattr(layout, name)) for layout in chosen]) for name in DEGREES))
 
 
 def hold(model: ModelSpec, chosen: list[Layout], machine: Cluster, request: Request, engine: Vllm) -> list[Candidate]:
@@ -158,7 +158,7 @@ def timed(
     def rank(c: Candidate) -> tuple[bool, float, float]:
         assert c.speed is not None
         close = c.speed.latency_s <= 1.03 * least
-        kinds = sum(getattr(c.layout, f.name) > 1 for f in fields(Layout)[:-1])
+        kinds = sum(getattr(c.layout, name) > 1 for name in DEGREES)
         return (not close, kinds if close else float(c.speed.latency_s), float(c.speed.ttft_s))
 
     return sorted(found, key=rank)

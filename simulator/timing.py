@@ -1,45 +1,51 @@
 """Seconds of an op on a GPU: its bound from compulsory quantities, its expected time from launched ones.
 
 t = launch_s + (sum over resources of (work / (peak x attained))^p)^(1/p); p -> infinity is perfect overlap inside the
-kernel, p = 1 none.  attained(tensor) = tensor x fill(tiles, SMs) x depth / (depth + depth_half); attained(memory) =
-memory x bytes / (bytes + bytes_half).  An op without work takes no time.  Source: FORMULAS 3.7.
+kernel, p = 1 none.  attained(tensor) = tensor x fill(tiles, SMs) x depth / (depth + depth_half); attained(memory) and
+attained(special) are constants.  launch_s is the one small-size term.  An op without work takes no time.
+Source: FORMULAS 3.7.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from simulator.calibration import Calibration, Constants
+import numpy as np
+
+from simulator.calibration import Calibration
 from simulator.hardware import Cluster
-from simulator.launch import carry, fills, launch, port
-from simulator.units import Num, Seconds, maximum, minimum, raise_to, root, where
-from simulator.work import Leaf, Message, Op, SecondsOverlapped, SecondsSerial, Work, fold
-
-
-def host_seconds(op: Op, constants: Constants) -> Seconds:
-    """Host work: so many seconds as its shape says (steps and launches at the engine's own figures)."""
-    return op.shape["seconds"] / constants.memory
+from simulator.launch import Port, carry, fills, launch, port
+from simulator.units import Num, Seconds, maximum, minimum, raise_to, root
+from simulator.work import Group, Leaf, Message, SecondsOverlapped, SecondsSerial, Work, fold
 
 
 class Clock:
-    """Turns ops into seconds on one cluster under one calibration."""
+    """Turns ops into seconds on one cluster under one calibration.  Ports are worked out once per group."""
 
     def __init__(self, cluster: Cluster, calibration: Calibration) -> None:
         self.cluster, self.gpu, self.calibration = cluster, cluster.gpu, calibration
+        self._ports: dict[tuple[str, int], tuple[Group, Port]] = {}
+
+    def port(self, op: Message) -> Port:
+        """What the message meets."""
+        key = (op.pattern, id(op.group))
+        if key not in self._ports:
+            self._ports[key] = (op.group, port(op.pattern, op.group, self.cluster))
+        return self._ports[key][1]
 
     def demand(self, op: Leaf) -> Mapping[str, Seconds]:
         """Seconds each resource is occupied at its peak by the compulsory work of `op`."""
         gpu = self.gpu
         if isinstance(op, Message):
-            wire, rate, _ = port(op, self.cluster)
-            return {"link": least_wire(op, wire) / rate}
+            through = self.port(op)
+            return {"link": least_wire(op) * (through.share / through.bytes_per_s)}
         if op.kernel == "host":
             return {"host": op.shape["seconds"]}
-        found: dict[str, Seconds] = {"hbm": op.hbm_bytes / gpu.hbm_bytes_per_s}
+        found: dict[str, Seconds] = {"hbm": op.hbm_bytes * (1 / gpu.hbm_bytes_per_s)}
         if type(op.tensor_flops) is not float or op.tensor_flops:
-            found["tensor"] = op.tensor_flops / gpu.peak_flops_per_s(op.math)
+            found["tensor"] = op.tensor_flops * (1 / gpu.peak_flops_per_s(op.math))
             if type(op.exponentials) is not float or op.exponentials:
-                found["special"] = op.exponentials / gpu.sfu_per_s
+                found["special"] = op.exponentials * (1 / gpu.sfu_per_s)
         return found
 
     def bound(self, op: Leaf) -> Seconds:
@@ -54,33 +60,36 @@ class Clock:
         """The calibrated time of the op alone."""
         constants = self.calibration.constants(op.family)
         if isinstance(op, Message):
-            sent = carry(op, self.cluster)
-            return sent.wire_bytes / (sent.bytes_per_s * constants.memory) + sent.latency_s + where(
-                sent.wire_bytes > 0, constants.launch_s, 0.0
-            )  # fmt: skip
+            return carry(op.wire_bytes, self.port(op), constants.memory)
         if op.kernel == "host":
-            return host_seconds(op, constants)
+            return op.shape["seconds"] / constants.memory
         launched, gpu = launch(op, self.gpu), self.gpu
         moved = launched.hbm_bytes
-        memory = (moved + constants.bytes_half) / (gpu.hbm_bytes_per_s * constants.memory)
-        if type(op.tensor_flops) is float and not op.tensor_flops:
-            return where(moved > 0, memory + constants.launch_s, 0.0)
-        deep = (launched.depth + constants.depth_half) / launched.depth
-        filled = fills(launched, constants.wave)
-        tensor = launched.tensor_flops * deep / (gpu.peak_flops_per_s(op.math) * constants.tensor * maximum(filled, 1e-9))
-        parts = [tensor, memory]
-        if type(launched.exponentials) is not float or launched.exponentials:
-            parts.append(launched.exponentials / (gpu.sfu_per_s * constants.special * maximum(filled, 1e-9)))
-        return where(op.tensor_flops + moved > 0, smooth_max(parts, constants.power) + constants.launch_s, 0.0)
+        parts = [moved * (1 / (gpu.hbm_bytes_per_s * constants.memory))]
+        if type(launched.tensor_flops) is not float or launched.tensor_flops:
+            filled = maximum(fills(launched, constants.wave), 1e-9)
+            deep = 1 + constants.depth_half / launched.depth
+            slow = 1 / (filled * (gpu.peak_flops_per_s(op.math) * constants.tensor))
+            parts.append(launched.tensor_flops * (deep * slow))
+            if type(launched.exponentials) is not float or launched.exponentials:
+                parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))
+        return smooth_max(parts, constants.power) + constants.launch_s * present(moved)
 
 
-def least_wire(op: Message, wire: Num) -> Num:
+def present(work: Num) -> Num:
+    """1 where there is work, else 0."""
+    return (1.0 if work > 0 else 0.0) if type(work) in (float, int) else np.sign(work)
+
+
+def least_wire(op: Message) -> Num:
     """What any algorithm must put on a rank's port: a reduction in the network sends each byte once."""
-    return minimum(wire, op.payload_bytes) if op.pattern == "all_reduce" else wire
+    return minimum(op.wire_bytes, op.payload_bytes) if op.pattern == "all_reduce" else op.wire_bytes
 
 
 def smooth_max(parts: list[Num], power: int) -> Num:
     """(sum x^p)^(1/p) for a power of two p; the plain maximum for p = 0."""
+    if len(parts) == 1:
+        return parts[0]
     if power == 0:
         largest = parts[0]
         for part in parts[1:]:

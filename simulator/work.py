@@ -56,13 +56,21 @@ class Op:
         return (self.kernel, self.impl, self.math)
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Group:
-    """The ranks that take part in a message: their number and the distance between neighbours in rank order."""
+    """The ranks that take part in a message: their number and the distance between neighbours in rank order.
+
+    `others` is the share of a payload that belongs to the other ranks, (n - 1) / n.
+    """
 
     name: str
     ranks: Num
     stride: Num = 1.0
+    others: Num = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Work out the share once for all messages of the group."""
+        self.others = (self.ranks - 1) / self.ranks
 
 
 @dataclass(slots=True, eq=False)

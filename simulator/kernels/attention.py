@@ -45,20 +45,32 @@ class Segment(NamedTuple):
         return self.sequences * self.new_tokens
 
 
+class Seen(NamedTuple):
+    """What a mask lets a segment see, per sequence: `pairs` scored, `live` keys that some query sees (what must be
+    read), and the most `keys` one query sees."""
+
+    pairs: Count
+    live: Tokens
+    keys: Tokens
+
+
 class Mask(Protocol):
     """Which keys a query sees."""
 
     def cumulative(self, n: Num) -> Count:
         """F(n): pairs of queries 1..n."""
 
-    def live(self, segment: Segment) -> Tokens:
-        """Keys some query of the segment sees: what must be read."""
+    def seen(self, segment: Segment) -> Seen:
+        """Pairs, live keys and keys of a segment."""
 
     def stored(self, context: Num) -> Tokens:
         """Tokens whose rows must be kept to continue after `context` tokens."""
 
-    def keys(self, segment: Segment) -> Tokens:
-        """The most keys one query sees."""
+
+def _mean_pairs(mask: Mask, segment: Segment) -> Count:
+    """(F(P + rC) - F(P)) / r: the pairs of one chunk, averaged over a run."""
+    end = segment.prefix + segment.chunks * segment.new_tokens
+    return (mask.cumulative(end) - mask.cumulative(segment.prefix)) / segment.chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +81,15 @@ class Causal:
         """n (n + 1) / 2."""
         return tri(n)
 
-    def live(self, segment: Segment) -> Tokens:
-        """P + C."""
-        return segment.context
+    def seen(self, segment: Segment) -> Seen:
+        """pairs C P + C (C + 1) / 2, written without the difference of large numbers; live and keys P + C."""
+        prefix = segment.mean_prefix
+        context = prefix + segment.new_tokens
+        return Seen(segment.new_tokens * prefix + tri(segment.new_tokens), context, context)
 
     def stored(self, context: Num) -> Tokens:
         """All."""
         return context
-
-    def keys(self, segment: Segment) -> Tokens:
-        """P + C."""
-        return segment.context
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +104,15 @@ class Window:
         full = minimum(n, self.width)
         return tri(full) + (n - full) * self.width
 
-    def live(self, segment: Segment) -> Tokens:
-        """min(P, W - 1) + C."""
-        return minimum(segment.mean_prefix, self.width - 1) + segment.new_tokens
+    def seen(self, segment: Segment) -> Seen:
+        """live min(P, W - 1) + C; keys min(P + C, W)."""
+        prefix = segment.mean_prefix
+        live = minimum(prefix, self.width - 1) + segment.new_tokens
+        return Seen(_mean_pairs(self, segment), live, minimum(prefix + segment.new_tokens, self.width))
 
     def stored(self, context: Num) -> Tokens:
         """min(t, W): a rolling buffer."""
         return minimum(context, self.width)
-
-    def keys(self, segment: Segment) -> Tokens:
-        """min(P + C, W)."""
-        return minimum(segment.context, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +126,17 @@ class Chunked:
         whole = floor(n / self.width)
         return whole * tri(self.width) + tri(n - whole * self.width)
 
-    def live(self, segment: Segment) -> Tokens:
-        """(P mod K) + C."""
-        prefix = segment.mean_prefix
+    def seen(self, segment: Segment) -> Seen:
+        """live (P mod K) + C; over a run, where the phase of P repeats, the mean that its pairs imply."""
+        prefix, new = segment.mean_prefix, segment.new_tokens
+        scored = _mean_pairs(self, segment)
         inside = prefix - floor(prefix / self.width) * self.width
-        # over a run whose chunks fill whole blocks the phase repeats: take the pairs' own mean
-        mean_keys = pairs(self, segment) / maximum(segment.new_tokens, 1.0)
-        by_pairs = maximum(mean_keys - 0.5 * (segment.new_tokens + 1), 0.0)
-        return where(segment.chunks > 1, by_pairs, inside) + segment.new_tokens
+        by_pairs = maximum(scored / maximum(new, 1.0) - 0.5 * (new + 1), 0.0)
+        return Seen(scored, where(segment.chunks > 1, by_pairs, inside) + new, minimum(prefix + new, self.width))
 
     def stored(self, context: Num) -> Tokens:
         """At most K: the bound a server must plan for (the live count is a sawtooth 1..K)."""
         return minimum(context, self.width)
-
-    def keys(self, segment: Segment) -> Tokens:
-        """min(P + C, K)."""
-        return minimum(segment.context, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +147,14 @@ class Bidirectional:
         """n squared: only meaningful from an empty prefix."""
         return n * n
 
-    def live(self, segment: Segment) -> Tokens:
-        """P + C."""
-        return segment.context
+    def seen(self, segment: Segment) -> Seen:
+        """pairs C (P + C)."""
+        context = segment.context
+        return Seen(segment.new_tokens * context, context, context)
 
     def stored(self, context: Num) -> Tokens:  # noqa: ARG002 (an encoder keeps nothing)
         """Nothing is kept."""
         return 0.0
-
-    def keys(self, segment: Segment) -> Tokens:
-        """P + C."""
-        return segment.context
 
 
 def pairs(mask: Mask, segment: Segment) -> Count:
@@ -165,12 +165,7 @@ def pairs(mask: Mask, segment: Segment) -> Count:
     >>> pairs(Window(4096), Segment(1, 131072, 0))
     528484352.0
     """
-    if type(mask) is Causal:  # the same, without cancellation of large numbers
-        return segment.new_tokens * segment.mean_prefix + tri(segment.new_tokens)
-    if type(mask) is Bidirectional:
-        return segment.new_tokens * segment.context
-    end = segment.prefix + segment.chunks * segment.new_tokens
-    return (mask.cumulative(end) - mask.cumulative(segment.prefix)) / segment.chunks
+    return mask.seen(segment).pairs
 
 
 def attention(  # noqa: PLR0913 (extents and formats are what attention is)
@@ -201,31 +196,29 @@ def attention(  # noqa: PLR0913 (extents and formats are what attention is)
     """
     mask = mask or Causal()
     d_k, d_v = head_dim, v_head_dim or head_dim
-    scored = segment.sequences * pairs(mask, segment)
-    tokens, live = segment.tokens, segment.sequences * mask.live(segment)
-    forward = 2 * heads * (d_k + d_v) * scored
-    row_bytes = kv_heads * (d_k + d_v) * ((cache.bits + cache.scale_bits / cache.block) / 8)
-    io_bytes = tokens * heads * (d_k + d_v) * dtype.bytes
-    hbm = io_bytes + live * row_bytes
-    lse = 4.0 * tokens * heads
-    saved = io_bytes + tokens * kv_heads * (d_k + d_v) * dtype.bytes + lse
+    seen = mask.seen(segment)
+    tokens, live = segment.tokens, segment.sequences * seen.live
+    scores = heads * (segment.sequences * seen.pairs)
+    forward = scores * (2.0 * (d_k + d_v))
+    row_bytes = kv_heads * ((d_k + d_v) * ((cache.bits + cache.scale_bits / cache.block) / 8))
+    io_bytes = tokens * heads * ((d_k + d_v) * dtype.bytes)
     shape = {
-        "sequences": segment.sequences, "tokens": segment.new_tokens, "context": segment.context, "heads": heads,
-        "kv_heads": kv_heads, "head_dim": d_k, "v_head_dim": d_v, "pairs": scored, "keys": mask.keys(segment),
-        "live": live, "row_bytes": row_bytes,
+        "sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": d_k,
+        "v_head_dim": d_v, "scores": scores, "keys": seen.keys, "live": live, "row_bytes": row_bytes,
+        "masked": 0.0 if isinstance(mask, Bidirectional) else 1.0,
     }  # fmt: skip
-    kernel = "decode_attention" if segment.split_kv else "attention"
+    saved = io_bytes + tokens * (kv_heads * ((d_k + d_v) * dtype.bytes) + 4.0 * heads)
     if not backward:
         extra = tokens * heads if learned_sinks else 0.0
         return Op(
-            name, kernel, impl, dtype.name, tensor_flops=forward, vector_flops=5 * heads * scored,
-            exponentials=heads * scored + extra, model_flops=forward, hbm_bytes=hbm, shape=shape, live_bytes=io_bytes,
-            saved_bytes=saved,
+            name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name, tensor_flops=forward,
+            vector_flops=scores * 5.0, exponentials=scores + extra if learned_sinks else scores, model_flops=forward,
+            hbm_bytes=io_bytes + live * row_bytes, shape=shape, live_bytes=io_bytes, saved_bytes=saved,
         )  # fmt: skip
-    executed = 2 * heads * (3 * d_k + 2 * d_v) * scored
+    executed = scores * (2.0 * (3 * d_k + 2 * d_v))
     return Op(
-        name, "attention_backward", impl, dtype.name, tensor_flops=executed, vector_flops=8 * heads * scored,
-        exponentials=heads * scored, model_flops=2 * forward,
-        hbm_bytes=2 * io_bytes + tokens * heads * d_v * dtype.bytes + 2 * live * row_bytes + lse,
+        name, "attention_backward", impl, dtype.name, tensor_flops=executed, vector_flops=scores * 8.0, exponentials=scores,
+        model_flops=2 * forward,
+        hbm_bytes=2 * io_bytes + tokens * heads * (d_v * dtype.bytes + 4.0) + 2 * live * row_bytes,
         shape=shape, live_bytes=2 * io_bytes, saved_bytes=-saved,
     )  # fmt: skip

@@ -23,8 +23,8 @@ def elementwise(  # noqa: PLR0913
     bytes = rows (read + written) e; vector flops = flops_per_element x rows x read: never the limit.
     Source: FORMULAS 1.20 ("charge bytes, not FLOPs").
     """
-    moved = rows * (read + written) * dtype.bytes
-    flops = flops_per_element * rows * read
+    moved = rows * ((read + written) * dtype.bytes)
+    flops = rows * (read * flops_per_element)
     return Op(
         name, "elementwise", impl, dtype.name, vector_flops=flops, hbm_bytes=moved, shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes},
         live_bytes=moved, saved_bytes=saved_bytes,

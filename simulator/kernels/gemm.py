@@ -27,16 +27,16 @@ def gemm(  # noqa: PLR0913 (extents and formats are what a product is)
     Source: definition; FORMULAS 3.6.
 
     >>> gemm("qkv", m=1, n=10240, k=8192).tensor_flops
-    167772160
+    167772160.0
     """
-    flops = 2 * m * n * k
-    inputs, outputs = m * k * weight.activation.bytes, m * n * out.bytes
+    flops = m * (n * (2.0 * k))
+    outputs = m * (n * out.bytes)
     return Op(
         name, "gemm", "", weight.math.name, tensor_flops=flops, model_flops=flops,
-        hbm_bytes=inputs + k * n * weight.bytes_per_element + outputs,
+        hbm_bytes=m * (k * weight.activation.bytes) + n * (k * weight.bytes_per_element) + outputs,
         shape={"m": m, "n": n, "k": k, "weight_bytes": weight.bytes_per_element, "activation_bytes": weight.activation.bytes,
                "out_bytes": out.bytes},
-        live_bytes=m * k * BF16.bytes + outputs, saved_bytes=saved_bytes,
+        live_bytes=m * (k * BF16.bytes) + outputs, saved_bytes=saved_bytes,
     )  # fmt: skip
 
 

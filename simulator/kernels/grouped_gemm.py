@@ -86,12 +86,12 @@ def grouped_gemm(  # noqa: PLR0913
     flops = 2 rows n k; bytes = experts k n weight + rows (k activation + n out).
     Source: FORMULAS 1.19, 3.6.
     """
-    flops = 2 * rows * n * k
-    outputs = rows * n * out.bytes
+    flops = rows * (n * (2.0 * k))
+    outputs = rows * (n * out.bytes)
     return Op(
         name, "grouped_gemm", "", weight.math.name, tensor_flops=flops, model_flops=flops,
-        hbm_bytes=experts * k * n * weight.bytes_per_element + rows * k * weight.activation.bytes + outputs,
+        hbm_bytes=experts * (n * (k * weight.bytes_per_element)) + rows * (k * weight.activation.bytes) + outputs,
         shape={"m": rows, "n": n, "k": k, "experts": experts, "weight_bytes": weight.bytes_per_element,
                "activation_bytes": weight.activation.bytes, "out_bytes": out.bytes},
-        live_bytes=rows * k * BF16.bytes + outputs,
+        live_bytes=rows * (k * BF16.bytes) + outputs,
     )  # fmt: skip

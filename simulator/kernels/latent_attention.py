@@ -7,7 +7,7 @@ Legend: n heads, r kv_lora_rank, d_n nope width, d_r rope width, d_v value width
 from __future__ import annotations
 
 from simulator.dtypes import BF16, C_BF16, CacheFormat, CacheRow, DType
-from simulator.kernels.attention import Causal, Mask, Segment, pairs
+from simulator.kernels.attention import Causal, Mask, Segment
 from simulator.units import Num
 from simulator.work import Op
 
@@ -44,16 +44,17 @@ def latent_attention(  # noqa: PLR0913
     278528.0
     """
     mask = mask or Causal()
-    scored = segment.sequences * pairs(mask, segment)
-    tokens, live = segment.tokens, segment.sequences * mask.live(segment)
-    flops = 2 * heads * (2 * kv_lora_rank + rope_head_dim) * scored
+    seen = mask.seen(segment)
+    tokens, live = segment.tokens, segment.sequences * seen.live
+    scores = heads * (segment.sequences * seen.pairs)
+    flops = scores * (2.0 * (2 * kv_lora_rank + rope_head_dim))
     row_bytes = cache.row_bytes(CacheRow(kv_lora_rank, rope_head_dim, latent=True))
-    io_bytes = tokens * heads * (2 * kv_lora_rank + rope_head_dim) * dtype.bytes
+    io_bytes = tokens * heads * ((2 * kv_lora_rank + rope_head_dim) * dtype.bytes)
     return Op(
-        name, "latent_attention", impl, dtype.name, tensor_flops=flops, vector_flops=5 * heads * scored,
-        exponentials=heads * scored, model_flops=flops, hbm_bytes=io_bytes + live * row_bytes,
-        shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "context": segment.context, "heads": heads,
-               "kv_heads": 1.0, "head_dim": kv_lora_rank + rope_head_dim, "v_head_dim": kv_lora_rank, "pairs": scored,
-               "keys": mask.keys(segment), "live": live, "row_bytes": row_bytes},
+        name, "latent_attention", impl, dtype.name, tensor_flops=flops, vector_flops=scores * 5.0, exponentials=scores,
+        model_flops=flops, hbm_bytes=io_bytes + live * row_bytes,
+        shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "kv_heads": 1.0,
+               "head_dim": kv_lora_rank + rope_head_dim, "v_head_dim": kv_lora_rank, "scores": scores, "keys": seen.keys,
+               "live": live, "row_bytes": row_bytes, "masked": 1.0},
         live_bytes=io_bytes,
     )  # fmt: skip

@@ -30,9 +30,8 @@ def message(name: str, pattern: str, *, group: Group, payload_bytes: Bytes) -> M
         known = ", ".join(PATTERNS)
         error = f"message pattern {pattern!r}: unknown; use one of {known}"
         raise ValueError(error)
-    n = group.ranks
     if pattern == "send":
-        share = where(n > 1, 1.0, 0.0)
+        share = where(group.ranks > 1, 1.0, 0.0)
     else:
-        share = (2.0 if pattern == "all_reduce" else 1.0) * (n - 1) / n
+        share = group.others * 2.0 if pattern == "all_reduce" else group.others
     return Message(name, pattern, group, payload_bytes, wire_bytes=payload_bytes * share)

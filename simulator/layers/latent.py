@@ -144,7 +144,7 @@ class LatentAttention:
     def _expanded(self, held: Slice, segment: Segment, *, is_backward: bool = False) -> Work:
         """Keys and values of every visible token made from its latent, then a core of d_n + d_r and d_v."""
         size = {
-            "m": segment.sequences * self.mask.live(segment),
+            "m": segment.sequences * self.mask.seen(segment).live,
             "n": held.heads * (self.qk_nope_head_dim + self.v_head_dim), "k": float(self.kv_lora_rank),
         }  # fmt: skip
         core = attention(

@@ -17,7 +17,7 @@ from simulator.layers import Attention
 from simulator.layers.layer import Layer, Mixer, Slice
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
-from simulator.work import Group, Serial, Work
+from simulator.work import Serial, Work
 
 
 class DecodeContext(Scheme):
@@ -35,7 +35,7 @@ class DecodeContext(Scheme):
         """All-gather of queries, all-gather of LSE and reduce-scatter of outputs; or all-gather of the past."""
         if is_one(self.degree) or not isinstance(layer, Mixer):
             return work
-        c, group = self.degree, Group("dcp", self.degree)
+        c, group = self.degree, self.layout.groups["dcp"]
         before: list[Work] = []
         after: list[Work] = []
         for segment in held.segments:

@@ -17,7 +17,7 @@ from simulator.layers.layer import Layer, Slice
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
 from simulator.units import where
-from simulator.work import Group, Serial, Work
+from simulator.work import Serial, Work
 
 
 class Expert(Scheme):
@@ -36,7 +36,7 @@ class Expert(Scheme):
         if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
             return work
         rows = layer.routed(held)[0] * where(self.layout.dp_attention > 1, 1.0, 0.0)
-        group = Group("ep", self.degree)
+        group = self.layout.groups["ep"]
         width = layer.hidden_size
         return Serial([
             message("dispatch", "all_to_all", group=group, payload_bytes=rows * (width * layer.expert_weight.activation.bytes)),

@@ -6,8 +6,9 @@ tensor and the tensor x attention-data group.  GPUs = tp x pp x dp_attention x d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +26,14 @@ from simulator.parallel.pipeline import Pipeline, Stage
 from simulator.parallel.scheme import Scheme
 from simulator.parallel.tensor import Tensor
 from simulator.units import Num
-from simulator.work import Work
+from simulator.work import Group, Work
 
 #: Order of sharding: what splits requests first, then experts (they decide who splits widths), then widths, then caches.
 REGISTRY: tuple[type[Scheme], ...] = (Data, AttentionData, Expert, Tensor, DecodeContext, Pipeline)
+
+
+#: The fields of a layout that are degrees, in the order of its constructor.
+DEGREES = ("tp", "pp", "dp", "ep", "dcp", "dp_attention")
 
 
 class RankClass(NamedTuple):
@@ -40,7 +45,7 @@ class RankClass(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Degrees of each scheme, numbers or arrays.  `hidden_size` is set when a model is placed on it."""
+    """Degrees of each scheme, numbers or arrays.  `hidden_size` and `groups` are set when a model is placed on it."""
 
     tp: Num = 1
     pp: Num = 1
@@ -49,15 +54,16 @@ class Layout:
     dcp: Num = 1
     dp_attention: Num = 1
     hidden_size: int = 0
+    groups: Mapping[str, Group] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse degrees that are not positive integers."""
-        for field in fields(self)[:-1]:
-            value = getattr(self, field.name)
+        for name in DEGREES:
+            value = getattr(self, name)
             if isinstance(value, np.ndarray):
                 continue
             if isinstance(value, bool) or value != int(value) or value < 1:
-                flag = field.name.replace("_", "-")
+                flag = name.replace("_", "-")
                 message = f"--{flag} {value}: a degree is a positive integer"
                 raise ValueError(message)
 
@@ -78,7 +84,11 @@ class Layout:
 
     def place(self, model: ModelSpec) -> Layout:
         """This layout, told the width of the model's residual stream."""
-        return Layout(self.tp, self.pp, self.dp, self.ep, self.dcp, self.dp_attention, model.hidden_size)
+        groups = {
+            "tp": Group("tp", self.tp * 1.0), "dcp": Group("dcp", self.dcp * 1.0), "ep": Group("ep", self.ep * 1.0),
+            "pp": Group("pp", 2.0, self.tp * 1.0),
+        }  # fmt: skip
+        return dataclasses.replace(self, hidden_size=model.hidden_size, groups=groups)
 
     def shard(self, layer: Layer, segments: tuple[Segment, ...]) -> Slice:
         """What one rank holds of `layer` when the whole system runs `segments`."""

@@ -15,8 +15,8 @@ from simulator.dtypes import BF16
 from simulator.kernels.messages import message
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, is_one
-from simulator.units import Num, Tokens, where
-from simulator.work import Group, Work
+from simulator.units import Num, Tokens
+from simulator.work import Work
 
 
 class Stage(NamedTuple):
@@ -60,10 +60,9 @@ class Pipeline(Scheme):
         """The send to the next stage, nothing from the last."""
         if is_one(self.degree):
             return None
-        layout = self.layout
-        group = Group("pp", where((1 - stage.last) * stage.present > 0, 2.0, 1.0), layout.tp * 1.0)
-        payload = tokens * (2 * layout.hidden_size * BF16.bytes) / layout.tp
-        return message("stage send", "send", group=group, payload_bytes=payload)
+        sends = (1 - stage.last) * stage.present
+        payload = tokens * (2 * self.layout.hidden_size * BF16.bytes) / self.layout.tp * sends
+        return message("stage send", "send", group=self.layout.groups["pp"], payload_bytes=payload)
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:
         """At least one layer per stage."""

@@ -16,7 +16,7 @@ from simulator.layers.layer import Layer, Slice
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
 from simulator.units import maximum, minimum, where
-from simulator.work import Group, Serial, Work
+from simulator.work import Serial, Work
 
 
 class Tensor(Scheme):
@@ -46,7 +46,7 @@ class Tensor(Scheme):
         """
         if is_one(self.degree):
             return work
-        group = Group("tp", self.degree)
+        group = self.layout.groups["tp"]
         payload = held.tokens * (self.layout.hidden_size * BF16.bytes)
         if isinstance(layer, Head):
             logits = held.sequences * held.vocabulary * held.tensor_ranks * BF16.bytes
