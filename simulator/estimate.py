@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import atexit
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing.pool
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -157,7 +160,7 @@ def estimate(  # noqa: PLR0913 (the question has these parts)
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
     clock = Clock(cluster, calibration)
-    lower = float(seconds_bound(work, cluster))
+    lower = float(seconds_bound(work, clock))
     value = float(seconds_expected(work, clock))
     by_family = fold(work, ByKernel(clock.expected))
     amounts = {name: float(np.sum(fold(work, quantity(name)))) for name in ("flops", "model_flops", "hbm_bytes", "wire_bytes")}
@@ -228,32 +231,33 @@ def bare(  # noqa: PLR0913
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
     held = _held(system, phase, work) if with_footprint else Footprint()
-    return Bare(seconds_bound(work, cluster), seconds_expected(work, Clock(cluster, calibration)), held.total, held.weights, held.cache)
+    clock = Clock(cluster, calibration)
+    return Bare(seconds_bound(work, clock), seconds_expected(work, clock), held.total, held.weights, held.cache)
 
 
 #: Cells evaluated together: the arrays of one block stay in the caches of a core.
 BLOCK = 8192
 
 
-def sweep(  # noqa: PLR0913
+def sweep(
     model: ModelSpec, cluster: Cluster, layout: Layout, phase: Prefill | Decode, *,
-    calibration: Calibration | None = None, engine: Engine | None = None, workers: int = 2, block: int = BLOCK,
+    calibration: Calibration | None = None, engine: Engine | None = None, workers: int | None = None, block: int = BLOCK,
     with_footprint: bool = True,
 ) -> Bare:  # fmt: skip
-    """`bare` over arrays of any length, block by block on `workers` threads; equal to it cell by cell."""
+    """`bare` over arrays of any length, block by block; equal to it cell by cell.
+
+    More than two blocks go to `workers` processes (default: one per core), forked once and kept; where the system
+    cannot fork, one after the other.
+    """
     calibration = calibration or Calibration.load(cluster.gpu)
     cells = max((np.size(v) for v in (*_numbers(layout), *_numbers(phase))), default=1)
     starts = range(0, cells, block)
-
-    def part(start: int) -> Bare:
-        cut: Callable[[Any], Any] = lambda v: v[start : start + block] if isinstance(v, np.ndarray) else v  # noqa: E731
-        return bare(
-            model, cluster, _map(layout, cut), _map(phase, cut), calibration=calibration, engine=engine,
-            with_footprint=with_footprint,
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        parts = list(pool.map(part, starts))
+    questions = [
+        _Question(model, cluster, _cut(layout, start, block), _cut(phase, start, block), calibration, engine, with_footprint)
+        for start in starts
+    ]
+    pool = _pool(workers or os.cpu_count() or 1) if len(questions) > 2 else None  # noqa: PLR2004 (less is not worth a pool)
+    parts = [_answer(q) for q in questions] if pool is None else pool.map(_answer, questions, chunksize=1)
     sizes = [min(block, cells - start) for start in starts]
     joined = {
         f.name: np.concatenate([np.broadcast_to(getattr(p, f.name), (size,)) for p, size in zip(parts, sizes, strict=True)])
@@ -262,14 +266,41 @@ def sweep(  # noqa: PLR0913
     return Bare(**joined)
 
 
+class _Question(NamedTuple):
+    model: ModelSpec
+    cluster: Cluster
+    layout: Layout
+    phase: Prefill | Decode
+    calibration: Calibration
+    engine: Engine | None
+    with_footprint: bool
+
+
+def _answer(q: _Question) -> Bare:
+    return bare(
+        q.model, q.cluster, q.layout, q.phase, calibration=q.calibration, engine=q.engine, with_footprint=q.with_footprint
+    )
+
+
+@cache
+def _pool(workers: int) -> multiprocessing.pool.Pool | None:
+    """Worker processes, or None where they would not help or cannot be forked."""
+    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():  # noqa: PLR2004 (one worker is this process)
+        return None
+    pool = multiprocessing.get_context("fork").Pool(workers)
+    atexit.register(pool.terminate)
+    return pool
+
+
+def _cut(thing: Any, start: int, size: int) -> Any:
+    """A block of the same question."""
+    assert is_dataclass(thing)
+    arrays = {f.name: v[start : start + size] for f in fields(thing) if isinstance(v := getattr(thing, f.name), np.ndarray)}
+    return replace(thing, **arrays)  # type: ignore[type-var]
+
+
 def _numbers(thing: Any) -> list[Any]:
     return [v for f in fields(thing) if isinstance(v := getattr(thing, f.name), (int, float, np.ndarray))]
-
-
-def _map(thing: Any, function: Callable[[Any], Any]) -> Any:
-    """The same question with `function` applied to each of its numbers."""
-    assert is_dataclass(thing)
-    return replace(thing, **{f.name: function(getattr(thing, f.name)) for f in fields(thing) if f.init})  # type: ignore[type-var]
 
 
 __all__ = ["Bare", "Count", "Engine", "Estimate", "Interval", "bare", "binding_resource", "check", "estimate", "interval", "sweep"]

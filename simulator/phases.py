@@ -80,6 +80,7 @@ class System:
         blocks = [Serial([self._layer(layer, segments, direction)[1] for layer in block]) for block in self.model.kinds]
         embedded, embedding = self._layer(self.model.embedding, segments, direction)
         _, head = self._layer(self.model.head, segments, direction)
+        send = self.layout.pipeline.hand_over(embedded.tokens)
         works: list[Work] = []
         for stage in self.stages:
             parts: list[Work] = [
@@ -91,9 +92,9 @@ class System:
                 parts.insert(0, Repeat(stage.first, embedding))
             if isinstance(stage.last, np.ndarray) or stage.last:
                 parts.append(Repeat(stage.last, head))
-            send = self.layout.pipeline.hand_over(embedded.tokens, stage)
-            if send is not None:
-                parts.append(send)
+            sends = (1 - stage.last) * stage.present
+            if send is not None and (isinstance(sends, np.ndarray) or sends):
+                parts.append(Repeat(sends, send))
             work: Work = Serial(parts)
             if host is not None:
                 work = Overlap([Repeat(stage.present, host(fold(work, quantity("launches")), embedded.tokens)), work])

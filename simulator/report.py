@@ -482,7 +482,7 @@ def kernel_document(op: Leaf, machine: Cluster, calibration: Calibration, inputs
     from simulator.estimate import interval  # noqa: PLC0415
 
     clock = Clock(machine, calibration)
-    lower, value = float(seconds_bound(op, machine)), float(seconds_expected(op, clock))
+    lower, value = float(seconds_bound(op, clock)), float(seconds_expected(op, clock))
     within = interval({op.family: value}, calibration, value, lower)
     found = {
         **_head(inputs, warnings), "flops": float(op.flops), "model_flops": float(op.model_flops), "hbm_bytes": float(op.hbm_bytes),

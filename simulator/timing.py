@@ -101,9 +101,8 @@ def smooth_max(parts: list[Num], power: int) -> Num:
     return root(total, power)
 
 
-def seconds_bound(work: Work, cluster: Cluster) -> Seconds:
-    """No calibration, full overlap where the tree says so."""
-    clock = Clock(cluster, Calibration.none())
+def seconds_bound(work: Work, clock: Clock) -> Seconds:
+    """Peak rates whatever the clock's calibration, full overlap where the tree says so."""
     value: Seconds = fold(work, SecondsOverlapped(clock.bound, clock.demand))
     return value
 

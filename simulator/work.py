@@ -384,8 +384,10 @@ class PeakBytes:
         net: Num = 0.0
         peak: Num = 0.0
         for n, p in values:
-            peak = maximum(peak, net + p)
-            net = net + n
+            if type(net) is float and net == 0.0:
+                peak, net = maximum(peak, p), n
+            else:
+                peak, net = maximum(peak, net + p), net + n
         return net, peak
 
     def overlap(self, parts: Sequence[Work], values: list[tuple[Num, Num]]) -> tuple[Num, Num]:  # noqa: ARG002
@@ -399,6 +401,8 @@ class PeakBytes:
             shape = np.broadcast_shapes(np.shape(count), np.shape(net), np.shape(peak))
             counts, nets, peaks = (np.broadcast_to(x, shape) for x in (count, net, peak))
             return self.serial([self.repeat(c, (n, p), runs=False) for c, n, p in zip(counts, nets, peaks, strict=True)])
+        if type(net) is float and net == 0.0:
+            return 0.0, where(count > 0, peak, 0.0)
         grown = where(net >= 0, (count - 1) * net + peak, peak)
         return count * net, where(count > 0, grown, 0.0)
 

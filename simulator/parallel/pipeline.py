@@ -37,31 +37,28 @@ class Pipeline(Scheme):
     def stages(self, model: ModelSpec) -> list[Stage]:
         """Every stage with its blocks by kind; degrees may be arrays, then stages beyond a row's degree are empty."""
         p = self.degree
-        kinds, cumulative = range(len(model.kinds)), model.cumulative
-        total = len(model.order)
         if isinstance(p, (int, float)):
-            found = []
-            for s in range(int(p)):
-                start, end = (int(x) for x in _bounds(total, int(p), s))
-                counts = tuple(float(cumulative[k][end] - cumulative[k][start]) for k in kinds)
-                found.append(Stage(s, counts, float(s == 0), float(s == int(p) - 1), 1.0))
-            return found
-        degrees = np.asarray(p).astype(int)
-        found = []
-        for s in range(int(degrees.max())):
-            here = s < degrees
-            start, end = _bounds(total, degrees, s)
-            start, end = np.where(here, start, 0), np.where(here, end, 0)
-            counts = tuple((cumulative[k][end] - cumulative[k][start]).astype(float) for k in kinds)
-            found.append(Stage(s, counts, here * float(s == 0), (s == degrees - 1).astype(float), here.astype(float)))
-        return found
+            return _split(model, int(p), int(p))
+        degrees, row = np.unique(p, return_inverse=True)
+        most = int(degrees.max())
+        tables = [_split(model, int(degree), most) for degree in degrees]
 
-    def hand_over(self, tokens: Tokens, stage: Stage) -> Work | None:
-        """The send to the next stage, nothing from the last."""
+        def column(values: list[float]) -> Num:
+            return values[0] if len(set(values)) == 1 else np.array(values)[row]
+
+        return [
+            Stage(
+                s, tuple(column([table[s].counts[k] for table in tables]) for k in range(len(model.kinds))),
+                *(column([table[s][field] for table in tables]) for field in (2, 3, 4)),
+            )
+            for s in range(most)
+        ]  # fmt: skip
+
+    def hand_over(self, tokens: Tokens) -> Work | None:
+        """The send from a stage to the next: residual stream and block output, each rank of the tensor group its part."""
         if is_one(self.degree):
             return None
-        sends = (1 - stage.last) * stage.present
-        payload = tokens * (2 * self.layout.hidden_size * BF16.bytes) / self.layout.tp * sends
+        payload = tokens * (2 * self.layout.hidden_size * BF16.bytes) / self.layout.tp
         return message("stage send", "send", group=self.layout.groups["pp"], payload_bytes=payload)
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:
@@ -71,12 +68,14 @@ class Pipeline(Scheme):
             yield f"--pp {int(self.degree)}: {model.name} has {total} layers; use at most {total} stages"
 
 
-def _bounds(total: int, p: int | np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray]:
-    """First layer of stage `s` and of the next."""
-    base, extra = total // p, total % p
-
-    def start(stage: int) -> np.ndarray:
-        return stage * base + np.clip(stage - (p - 1 - extra), 0, extra)
-
-    end = np.where(np.equal(s + 1, p), total, start(s + 1))
-    return np.asarray(start(s)), end
+def _split(model: ModelSpec, p: int, most: int) -> list[Stage]:
+    """The stages of `p`, filled up with empty ones to `most`."""
+    total, cumulative = len(model.order), model.cumulative
+    base, extra = divmod(total, p)
+    found, start = [], 0
+    for s in range(most):
+        end = start if s >= p else start + base + (1 if p - 1 - extra <= s < p - 1 else 0)
+        counts = tuple(float(c[end] - c[start]) for c in cumulative)
+        found.append(Stage(s, counts, float(s == 0), float(s == p - 1), float(s < p)))
+        start = end
+    return found
