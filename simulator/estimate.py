@@ -23,9 +23,9 @@ from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
-from simulator.timing import Clock, seconds_bound, seconds_expected, seconds_no_overlap
+from simulator.timing import Clock, bounded, calibrated
 from simulator.units import Bytes, Count, Flops, Num, Seconds, Tokens, minimum
-from simulator.work import ByKernel, Leaf, Row, Rows, Work, fold, peak_bytes, quantity
+from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004
@@ -159,16 +159,19 @@ def estimate(  # noqa: PLR0913 (the question has these parts)
     calibration = calibration or Calibration.load(cluster.gpu)
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
-    clock = Clock(cluster, calibration)
-    lower = float(seconds_bound(work, clock))
-    value = float(seconds_expected(work, clock))
-    by_family = fold(work, ByKernel(clock.expected))
-    amounts = {name: float(np.sum(fold(work, quantity(name)))) for name in ("flops", "model_flops", "hbm_bytes", "wire_bytes")}
+    clock, amounts = Clock(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
+    lower, value, upper, by_family, rows, (_, peak), *totals = fold(
+        work,
+        Together(
+            bounded(clock), calibrated(clock), SecondsSerial(clock.expected), ByKernel(clock.expected), Rows(clock.expected),
+            PeakBytes(keeps_saved=False), *(quantity(name) for name in amounts),
+        ),
+    )  # fmt: skip
     return Estimate(
-        model=model, layout=layout, cluster=cluster, phase=phase, lower=lower,
-        seconds=interval(by_family, calibration, value, lower), upper=float(seconds_no_overlap(work, clock)),
-        footprint=_held(system, phase, work), rows=_merged(fold(work, Rows(clock.expected))), calibration=calibration, work=work,
-        **amounts,
+        model=model, layout=layout, cluster=cluster, phase=phase, lower=float(lower),
+        seconds=interval(by_family, calibration, float(value), float(lower)), upper=float(upper),
+        footprint=_held(system, phase, peak), rows=_merged(rows), calibration=calibration, work=work,
+        **{name: float(np.sum(total)) for name, total in zip(amounts, totals, strict=True)},
     )  # fmt: skip
 
 
@@ -181,16 +184,16 @@ def check(model: ModelSpec, cluster: Cluster, layout: Layout) -> None:
         raise ValueError(message)
 
 
-def _held(system: System, phase: Phase, work: Work) -> Footprint:
-    """What the phase needs resident: weights, the caches of its sequences at its context, the activations of its work."""
+def _held(system: System, phase: Phase, peak: Bytes) -> Footprint:
+    """What the phase needs resident: weights, the caches of its sequences at its context, and `peak` bytes of activations
+    beside the residual stream."""
     if isinstance(phase, Mixed):
         sequences: Num = sum(float(np.max(s.sequences)) for s in phase.segments)
         context: Num = max(float(np.max(s.context)) for s in phase.segments)
         step = sum(float(np.max(s.tokens)) for s in phase.segments)
     else:
         sequences, context, step = phase.batch, phase.context, _step_tokens(phase)
-    activations = peak_bytes(work) + system.residual_bytes(step)
-    return replace(system.resident(sequences=sequences, context=context), activations=activations)
+    return replace(system.resident(sequences=sequences, context=context), activations=peak + system.residual_bytes(step))
 
 
 def _step_tokens(phase: Prefill | Decode) -> Tokens:
@@ -230,9 +233,13 @@ def bare(  # noqa: PLR0913
     """Bound, expected time and footprint without rows or interval, for numbers or arrays."""
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
-    held = _held(system, phase, work) if with_footprint else Footprint()
     clock = Clock(cluster, calibration)
-    return Bare(seconds_bound(work, clock), seconds_expected(work, clock), held.total, held.weights, held.cache)
+    if not with_footprint:
+        lower, seconds = fold(work, Together(bounded(clock), calibrated(clock)))
+        return Bare(lower, seconds, 0.0, 0.0, 0.0)
+    lower, seconds, (_, peak) = fold(work, Together(bounded(clock), calibrated(clock), PeakBytes(keeps_saved=False)))
+    held = _held(system, phase, peak)
+    return Bare(lower, seconds, held.total, held.weights, held.cache)
 
 
 #: Cells evaluated together: the arrays of one block stay in the caches of a core.

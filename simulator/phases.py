@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from simulator.dtypes import BF16, CacheFormat
 from simulator.footprint import Footprint
 from simulator.kernels.attention import Segment
-from simulator.layers.layer import Direction, Layer, Mixer, Slice, weight_bytes
+from simulator.layers.layer import Direction, Layer, Mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel.layout import Layout
 from simulator.parallel.pipeline import Stage
 from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
-from simulator.work import Flow, Op, Overlap, Pipeline, Repeat, Serial, Work, fold, peak_bytes, quantity
+from simulator.work import Flow, Later, Op, Overlap, Pipeline, Repeat, Serial, Work, fold, peak_bytes, quantity
 
 #: Runs that stand for the whole chunks of a prefill, each a share of them: short at first, where time still bends with
 #: the prefix.  Pairs are exact whatever the shares; time is within 0.2 % of the sum over chunks (a law).
@@ -69,18 +70,22 @@ class System:
         self.model, self.layout, self.cache = model, layout.place(model), cache or model.cache
         self.stages: list[Stage] = self.layout.pipeline.stages(model)
 
-    def _layer(self, layer: Layer, segments: tuple[Segment, ...], direction: Direction) -> tuple[Slice, Work]:
-        held = self.layout.shard(layer, segments)
-        return held, self.layout.work(layer, held, self.cache, direction=direction)
+    def _layer(self, layer: Layer, segments: tuple[Segment, ...], direction: Direction) -> Work:
+        """One layer's work on one rank."""
+        return self.layout.work(layer, self.layout.shard(layer, segments), self.cache, direction=direction)
 
     def step(
         self, segments: tuple[Segment, ...], *, host: Host | None = None, direction: Direction = Direction.FORWARD
     ) -> list[Work]:
         """The work of one step on each stage."""
-        blocks = [Serial([self._layer(layer, segments, direction)[1] for layer in block]) for block in self.model.kinds]
-        embedded, embedding = self._layer(self.model.embedding, segments, direction)
-        _, head = self._layer(self.model.head, segments, direction)
-        send = self.layout.pipeline.hand_over(embedded.tokens)
+
+        def later(*layers: Layer) -> Work:
+            return Serial([Later(partial(self._layer, layer, segments, direction)) for layer in layers])
+
+        blocks = [later(*block) for block in self.model.kinds]
+        tokens = self.layout.shard(self.model.embedding, segments).tokens
+        embedding, head = later(self.model.embedding), later(self.model.head)
+        send = self.layout.pipeline.hand_over(tokens)
         works: list[Work] = []
         for stage in self.stages:
             parts: list[Work] = [
@@ -97,7 +102,7 @@ class System:
                 parts.append(Repeat(sends, send))
             work: Work = Serial(parts)
             if host is not None:
-                work = Overlap([Repeat(stage.present, host(fold(work, quantity("launches")), embedded.tokens)), work])
+                work = Overlap([Repeat(stage.present, host(fold(work, quantity("launches")), tokens)), work])
             works.append(work)
         return works
 
@@ -201,5 +206,5 @@ class System:
         segments = (Segment(self.layout.dp * self.layout.dp_attention * 1.0, step_tokens, 0.0),)
         peak: Bytes = 0.0
         for layer in (*self.model.layers, self.model.embedding):
-            peak = maximum(peak, peak_bytes(self._layer(layer, segments, Direction.FORWARD)[1]))
+            peak = maximum(peak, peak_bytes(self._layer(layer, segments, Direction.FORWARD)))
         return peak + self.residual_bytes(step_tokens)

@@ -101,15 +101,25 @@ def smooth_max(parts: list[Num], power: int) -> Num:
     return root(total, power)
 
 
+def bounded(clock: Clock) -> SecondsOverlapped:
+    """The algebra of bounds: peak rates whatever the calibration, overlap where the tree says so."""
+    return SecondsOverlapped(clock.bound, clock.demand)
+
+
+def calibrated(clock: Clock) -> SecondsOverlapped:
+    """The algebra of expected times: calibrated leaves, overlap where the tree says so."""
+    return SecondsOverlapped(clock.expected, clock.demand)
+
+
 def seconds_bound(work: Work, clock: Clock) -> Seconds:
-    """Peak rates whatever the clock's calibration, full overlap where the tree says so."""
-    value: Seconds = fold(work, SecondsOverlapped(clock.bound, clock.demand))
+    """The least time of a tree."""
+    value: Seconds = fold(work, bounded(clock))
     return value
 
 
 def seconds_expected(work: Work, clock: Clock) -> Seconds:
-    """Calibrated leaves, overlap where the tree says so."""
-    value: Seconds = fold(work, SecondsOverlapped(clock.expected, clock.demand))
+    """The expected time of a tree."""
+    value: Seconds = fold(work, calibrated(clock))
     return value
 
 

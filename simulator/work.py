@@ -164,8 +164,16 @@ class Pipeline:
     flows: Sequence[Flow]
 
 
+@dataclass(slots=True, eq=False)
+class Later:
+    """Work made when it is evaluated, and forgotten after: a sweep then holds the arrays of one layer, not of a model.
+    Occurring several times in a tree, it is evaluated once."""
+
+    make: Callable[[], Work]
+
+
 Leaf = Op | Message
-Work = Op | Message | Serial | Overlap | Repeat | Select | Pipeline
+Work = Op | Message | Serial | Overlap | Repeat | Select | Pipeline | Later
 
 
 class Algebra(Protocol):
@@ -191,33 +199,63 @@ class Algebra(Protocol):
 
 
 def fold(work: Work, algebra: Algebra) -> Any:
-    """Evaluate `work` under `algebra`; a node that occurs several times is evaluated once."""
-    seen: dict[int, Any] = {}
+    """Evaluate `work` under `algebra`."""
+    known: dict[int, tuple[Later, Any]] = {}
 
     def value(node: Work) -> Any:
-        key = id(node)
-        if key in seen:
-            return seen[key]
         kind = type(node)
         if kind is Op or kind is Message:
-            result = algebra.leaf(node)
-        elif kind is Serial:
-            result = algebra.serial([value(part) for part in node.parts])
-        elif kind is Repeat:
-            result = algebra.repeat(node.count, value(node.work), runs=node.runs)
-        elif kind is Overlap:
-            result = algebra.overlap(node.parts, [value(part) for part in node.parts])
-        elif kind is Select:
+            return algebra.leaf(node)
+        if kind is Serial:
+            return algebra.serial([value(part) for part in node.parts])
+        if kind is Repeat:
+            return algebra.repeat(node.count, value(node.work), runs=node.runs)
+        if kind is Later:
+            if id(node) not in known:
+                known[id(node)] = (node, value(node.make()))
+            return known[id(node)][1]
+        if kind is Overlap:
+            return algebra.overlap(node.parts, [value(part) for part in node.parts])
+        if kind is Select:
             if type(node.mask) in (bool, np.bool_):
-                result = value(node.a if node.mask else node.b)
-            else:
-                result = algebra.select(node.mask, value(node.a), value(node.b))
-        else:
-            result = algebra.pipeline(node.flows, [[value(stage) for stage in flow.stages] for flow in node.flows])
-        seen[key] = result
-        return result
+                return value(node.a if node.mask else node.b)
+            return algebra.select(node.mask, value(node.a), value(node.b))
+        return algebra.pipeline(node.flows, [[value(stage) for stage in flow.stages] for flow in node.flows])
 
     return value(work)
+
+
+class Together:
+    """Several algebras in one pass: the value is the tuple of theirs."""
+
+    def __init__(self, *algebras: Algebra) -> None:
+        self.algebras = algebras
+
+    def leaf(self, op: Leaf) -> tuple[Any, ...]:
+        """Each on its own."""
+        return tuple([a.leaf(op) for a in self.algebras])
+
+    def serial(self, values: list[Any]) -> tuple[Any, ...]:
+        """Each on its own."""
+        return tuple([a.serial([v[i] for v in values]) for i, a in enumerate(self.algebras)])
+
+    def overlap(self, parts: Sequence[Work], values: list[Any]) -> tuple[Any, ...]:
+        """Each on its own."""
+        return tuple([a.overlap(parts, [v[i] for v in values]) for i, a in enumerate(self.algebras)])
+
+    def repeat(self, count: Num, value: Any, *, runs: bool) -> tuple[Any, ...]:
+        """Each on its own."""
+        return tuple([a.repeat(count, v, runs=runs) for a, v in zip(self.algebras, value, strict=True)])
+
+    def select(self, mask: Any, a: Any, b: Any) -> tuple[Any, ...]:
+        """Each on its own."""
+        return tuple([algebra.select(mask, x, y) for algebra, x, y in zip(self.algebras, a, b, strict=True)])
+
+    def pipeline(self, flows: Sequence[Flow], values: list[list[Any]]) -> tuple[Any, ...]:
+        """Each on its own."""
+        return tuple([
+            a.pipeline(flows, [[stage[i] for stage in stages] for stages in values]) for i, a in enumerate(self.algebras)
+        ])
 
 
 def _sum(values: Sequence[Num]) -> Num:
