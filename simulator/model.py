@@ -11,7 +11,7 @@ import numpy.typing as npt
 from simulator.dtypes import C_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.layers.embedding import Embedding, Head
-from simulator.layers.layer import Layer, Mixer, parameters, weight_bytes
+from simulator.layers.layer import Layer, Mixer, parameters, weight_bytes, is_mixer
 from simulator.units import Bytes, Count, Num
 
 Block = tuple[Layer, ...]
@@ -87,7 +87,7 @@ class ModelSpec:
     @property
     def mixers(self) -> list[tuple[int, Mixer]]:
         """The layers that remember tokens, with their counts."""
-        return [(count, layer) for count, layer in self.counted if isinstance(layer, Mixer)]
+        return [(count, layer) for count, layer in self.counted if is_mixer(layer)]
 
     def parameters(self) -> Count:
         """All weights of the text model."""

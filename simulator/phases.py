@@ -15,7 +15,7 @@ import numpy as np
 from simulator.dtypes import BF16, CacheFormat
 from simulator.footprint import Footprint
 from simulator.kernels.attention import Segment
-from simulator.layers.layer import Direction, Layer, Mixer, weight_bytes
+from simulator.layers.layer import Direction, Layer, Mixer, weight_bytes, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.layout import Layout
 from simulator.parallel.pipeline import Stage
@@ -192,7 +192,7 @@ class System:
         for layer in block:
             held = self.layout.shard(layer, stored)
             weights = weights + weight_bytes(layer, held)
-            if isinstance(layer, Mixer):
+            if is_mixer(layer):
                 cache = cache + layer.state_bytes(held, self.cache)
         return weights, cache
 

@@ -154,30 +154,29 @@ def gib(value: float, digits: int = 3) -> str:
     return f"{significant(value / 2**30, digits)} GiB"
 
 
-def _plain(*values: Any) -> bool:
-    return all(type(value) in (float, int, bool) for value in values)
+_PLAIN = (float, int)
 
 
 def ceil(x: Num) -> Num:
     """Smallest integer not below `x`, as a float."""
-    return float(math.ceil(x)) if type(x) in (float, int) else np.ceil(x)
+    return float(math.ceil(x)) if type(x) in _PLAIN else np.ceil(x)
 
 
 def floor(x: Num) -> Num:
     """Largest integer not above `x`, as a float."""
-    return float(math.floor(x)) if type(x) in (float, int) else np.floor(x)
+    return float(math.floor(x)) if type(x) in _PLAIN else np.floor(x)
 
 
 def minimum(x: Num, y: Num) -> Num:
     """Elementwise smaller of `x` and `y`."""
-    if _plain(x, y):
+    if type(x) in _PLAIN and type(y) in _PLAIN:
         return x if x <= y else y
     return np.minimum(x, y)
 
 
 def maximum(x: Num, y: Num) -> Num:
     """Elementwise larger of `x` and `y`."""
-    if _plain(x, y):
+    if type(x) in _PLAIN and type(y) in _PLAIN:
         return x if x >= y else y
     return np.maximum(x, y)
 
@@ -192,7 +191,7 @@ def where(condition: Any, x: Num, y: Num) -> Num:
 def root(x: Num, power: int) -> Num:
     """The `power`-th root for a power of two, by square roots."""
     while power > 1:
-        x = math.sqrt(x) if type(x) in (float, int) else np.sqrt(x)
+        x = math.sqrt(x) if type(x) in _PLAIN else np.sqrt(x)
         power //= 2
     return x
 

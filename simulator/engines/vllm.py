@@ -24,7 +24,7 @@ from simulator.footprint import Footprint
 from simulator.hardware import Cluster, Gpu
 from simulator.kernels.attention import Causal, Chunked, Mask, Segment, Window
 from simulator.layers import Attention, LatentAttention, MoE
-from simulator.layers.layer import Mixer
+from simulator.layers.layer import Mixer, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
@@ -202,7 +202,7 @@ class Vllm:
         1.5 times it.
         """
         kinds: dict[tuple[int | None, bool], list[int]] = {}
-        kept = [[_kept(layer) for layer in block if isinstance(layer, Mixer)] for block in model.kinds]
+        kept = [[_kept(layer) for layer in block if is_mixer(layer)] for block in model.kinds]
         for index, kind in enumerate(model.order):
             for what in kept[kind]:
                 kinds.setdefault(what, []).append(index)

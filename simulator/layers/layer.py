@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from simulator.dtypes import CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.units import Bytes, Count, Num, Tokens, maximum
 from simulator.work import Work
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 class Direction(Enum):
@@ -29,8 +31,7 @@ class Module(NamedTuple):
     replicated: bool = False
 
 
-@dataclass(slots=True, frozen=True, eq=False)
-class Slice:
+class Slice(NamedTuple):
     """What one rank holds of one layer in one pass.
 
     `tensor_ranks` ranks share the layer's heads and widths (`heads`, `kv_heads`, `intermediate`, `vocabulary` are the
@@ -69,7 +70,6 @@ class Slice:
         return total
 
 
-@runtime_checkable
 class Layer(Protocol):
     """One residual sub-block: norm, mixing, residual addition."""
 
@@ -83,7 +83,6 @@ class Layer(Protocol):
         """What a rank does with its tokens."""
 
 
-@runtime_checkable
 class Mixer(Layer, Protocol):
     """A layer that mixes tokens and so remembers them."""
 
@@ -105,6 +104,11 @@ class Mixer(Layer, Protocol):
 
     def state_bytes(self, held: Slice, cache: CacheFormat) -> Bytes:
         """Bytes kept on this rank for all sequences of the slice, after their new tokens."""
+
+
+def is_mixer(layer: Layer) -> TypeIs[Mixer]:
+    """Whether a layer remembers tokens."""
+    return hasattr(layer, "cache_row")
 
 
 def weight_bytes(layer: Layer, held: Slice) -> Bytes:

@@ -5,8 +5,6 @@ shared by all (expert parallelism over the same ranks).  Nothing of the cache is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-
 from simulator.layers import MoE
 from simulator.layers.layer import Layer, Slice
 from simulator.model import ModelSpec
@@ -24,7 +22,7 @@ class AttentionData(Scheme):
         if is_one(self.degree):
             return held
         own = share_sequences(held, self.degree)
-        return replace(own, token_ranks=self.degree * 1.0) if isinstance(layer, MoE) else own
+        return own._replace(token_ranks=self.degree * 1.0) if isinstance(layer, MoE) else own
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:
         """Only experts make it differ from plain replicas, and they must be expert-parallel."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from simulator.layers.layer import Layer, Slice
 from simulator.parallel.scheme import Scheme, is_one
 from simulator.units import Num, ceil
@@ -11,7 +9,7 @@ from simulator.units import Num, ceil
 
 def share_sequences(held: Slice, ranks: Num) -> Slice:
     """The busiest of `ranks` replicas: ceil(B / ranks) of each segment's sequences."""
-    return replace(held, segments=tuple(s._replace(sequences=ceil(s.sequences / ranks)) for s in held.segments))
+    return held._replace(segments=tuple(s._replace(sequences=ceil(s.sequences / ranks)) for s in held.segments))
 
 
 class Data(Scheme):

@@ -8,13 +8,11 @@ log-sum-exp.  Prefill gathers the past (latents) or the queries.  Source: FORMUL
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-
 from simulator.dtypes import BF16, FP32, CacheFormat
 from simulator.kernels.attention import Window
 from simulator.kernels.messages import message
 from simulator.layers import Attention
-from simulator.layers.layer import Layer, Mixer, Slice
+from simulator.layers.layer import Layer, Mixer, Slice, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
 from simulator.work import Serial, Work
@@ -27,13 +25,13 @@ class DecodeContext(Scheme):
 
     def shard(self, held: Slice, layer: Layer) -> Slice:
         """Tokens / c of each sequence's cache."""
-        if is_one(self.degree) or not isinstance(layer, Mixer):
+        if is_one(self.degree) or not is_mixer(layer):
             return held
-        return replace(held, cache_ranks=self.degree * 1.0)
+        return held._replace(cache_ranks=self.degree * 1.0)
 
     def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat) -> Work:
         """All-gather of queries, all-gather of LSE and reduce-scatter of outputs; or all-gather of the past."""
-        if is_one(self.degree) or not isinstance(layer, Mixer):
+        if is_one(self.degree) or not is_mixer(layer):
             return work
         c, group = self.degree, self.layout.groups["dcp"]
         before: list[Work] = []

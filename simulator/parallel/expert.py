@@ -8,8 +8,6 @@ the layer's all-reduce.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-
 from simulator.dtypes import BF16, CacheFormat
 from simulator.kernels.messages import message
 from simulator.layers import MoE
@@ -29,7 +27,7 @@ class Expert(Scheme):
         """experts / n."""
         if not isinstance(layer, MoE) or is_one(self.degree):
             return held
-        return replace(held, experts=held.experts / self.degree, expert_ranks=self.degree * 1.0)
+        return held._replace(experts=held.experts / self.degree, expert_ranks=self.degree * 1.0)
 
     def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat) -> Work:  # noqa: ARG002
         """Dispatch in the expert's activation format, combine in bf16."""

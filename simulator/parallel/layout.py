@@ -23,7 +23,7 @@ from simulator.parallel.data import Data
 from simulator.parallel.decode_context import DecodeContext
 from simulator.parallel.expert import Expert
 from simulator.parallel.pipeline import Pipeline, Stage
-from simulator.parallel.scheme import Scheme
+from simulator.parallel.scheme import Scheme, is_one
 from simulator.parallel.tensor import Tensor
 from simulator.units import Num
 from simulator.work import Group, Work
@@ -45,7 +45,8 @@ class RankClass(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Degrees of each scheme, numbers or arrays.  `hidden_size` and `groups` are set when a model is placed on it."""
+    """Degrees of each scheme, numbers or arrays.  `hidden_size`, `groups` and `active`, the schemes that do something,
+    are set when a model is placed on it."""
 
     tp: Num = 1
     pp: Num = 1
@@ -55,6 +56,7 @@ class Layout:
     dp_attention: Num = 1
     hidden_size: int = 0
     groups: Mapping[str, Group] = dataclasses.field(default_factory=dict)
+    active: tuple[Scheme, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse degrees that are not positive integers."""
@@ -88,19 +90,20 @@ class Layout:
             "tp": Group("tp", self.tp * 1.0), "dcp": Group("dcp", self.dcp * 1.0), "ep": Group("ep", self.ep * 1.0),
             "pp": Group("pp", 2.0, self.tp * 1.0),
         }  # fmt: skip
-        return dataclasses.replace(self, hidden_size=model.hidden_size, groups=groups)
+        placed = dataclasses.replace(self, hidden_size=model.hidden_size, groups=groups)
+        return dataclasses.replace(placed, active=tuple(s for s in placed.schemes if not is_one(s.degree)))
 
     def shard(self, layer: Layer, segments: tuple[Segment, ...]) -> Slice:
         """What one rank holds of `layer` when the whole system runs `segments`."""
         held = layer.whole(segments)
-        for scheme in self.schemes:
+        for scheme in self.active:
             held = scheme.shard(held, layer)
         return held
 
     def work(self, layer: Layer, held: Slice, cache: CacheFormat, **direction: object) -> Work:
         """The layer's work on one rank with every scheme's messages around it."""
         work: Work = layer.work(held, cache=cache, **direction)  # type: ignore[arg-type]
-        for scheme in self.schemes:
+        for scheme in self.active:
             work = scheme.around(work, layer, held, cache)
         return work
 

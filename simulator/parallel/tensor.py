@@ -7,8 +7,6 @@ when t exceeds their number.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-
 from simulator.dtypes import BF16, CacheFormat
 from simulator.kernels.messages import message
 from simulator.layers import Attention, GatedMLP, Head, LatentAttention, MoE
@@ -30,13 +28,13 @@ class Tensor(Scheme):
         if is_one(t):
             return held
         if isinstance(layer, (Attention, LatentAttention)):
-            return replace(held, heads=held.heads / t, kv_heads=maximum(held.kv_heads / t, 1.0), tensor_ranks=t)
+            return held._replace(heads=held.heads / t, kv_heads=maximum(held.kv_heads / t, 1.0), tensor_ranks=t)
         if isinstance(layer, MoE):
             width = where(held.expert_ranks > 1, held.intermediate, held.intermediate / t)
-            return replace(held, intermediate=width, tensor_ranks=t)
+            return held._replace(intermediate=width, tensor_ranks=t)
         if isinstance(layer, GatedMLP):
-            return replace(held, intermediate=held.intermediate / t, tensor_ranks=t)
-        return replace(held, vocabulary=held.vocabulary / t, tensor_ranks=t)
+            return held._replace(intermediate=held.intermediate / t, tensor_ranks=t)
+        return held._replace(vocabulary=held.vocabulary / t, tensor_ranks=t)
 
     def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat) -> Work:  # noqa: ARG002
         """All-reduce of the layer's output; all-gather of the logits.
