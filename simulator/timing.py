@@ -25,6 +25,13 @@ class Clock:
     def __init__(self, cluster: Cluster, calibration: Calibration) -> None:
         self.cluster, self.gpu, self.calibration = cluster, cluster.gpu, calibration
         self._ports: dict[tuple[str, int], tuple[Group, Port]] = {}
+        self._peaks: dict[str, float] = {}
+
+    def peak(self, math: str) -> float:
+        """FLOP/s of an element type at the maximum clock."""
+        if math not in self._peaks:
+            self._peaks[math] = float(self.gpu.peak_flops_per_s(math))
+        return self._peaks[math]
 
     def port(self, op: Message) -> Port:
         """What the message meets."""
@@ -43,17 +50,16 @@ class Clock:
             return {"host": op.shape["seconds"]}
         found: dict[str, Seconds] = {"hbm": op.hbm_bytes * (1 / gpu.hbm_bytes_per_s)}
         if type(op.tensor_flops) is not float or op.tensor_flops:
-            found["tensor"] = op.tensor_flops * (1 / gpu.peak_flops_per_s(op.math))
+            found["tensor"] = op.tensor_flops * (1 / self.peak(op.math))
             if type(op.exponentials) is not float or op.exponentials:
                 found["special"] = op.exponentials * (1 / gpu.sfu_per_s)
         return found
 
     def bound(self, op: Leaf) -> Seconds:
         """The least time: the busiest resource at peak, no calibration."""
-        values = list(self.demand(op).values())
-        least = values[0]
-        for value in values[1:]:
-            least = maximum(least, value)
+        least: Seconds = 0.0
+        for seconds in self.demand(op).values():
+            least = seconds if type(least) is float and least == 0.0 else maximum(least, seconds)
         return least
 
     def expected(self, op: Leaf) -> Seconds:
@@ -69,7 +75,7 @@ class Clock:
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
             filled = maximum(fills(launched, constants.wave), 1e-9)
             deep = 1 + constants.depth_half / launched.depth
-            slow = 1 / (filled * (gpu.peak_flops_per_s(op.math) * constants.tensor))
+            slow = 1 / (filled * (self.peak(op.math) * constants.tensor))
             parts.append(launched.tensor_flops * (deep * slow))
             if type(launched.exponentials) is not float or launched.exponentials:
                 parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))

@@ -56,10 +56,12 @@ class Layout:
     dp_attention: Num = 1
     hidden_size: int = 0
     groups: Mapping[str, Group] = dataclasses.field(default_factory=dict)
-    active: tuple[Scheme, ...] = ()
+    active: tuple[Scheme, ...] = dataclasses.field(default=(), init=False)
 
     def __post_init__(self) -> None:
         """Refuse degrees that are not positive integers."""
+        if self.hidden_size:
+            return  # placed: checked before
         for name in DEGREES:
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
@@ -86,12 +88,12 @@ class Layout:
 
     def place(self, model: ModelSpec) -> Layout:
         """This layout, told the width of the model's residual stream."""
-        groups = {
-            "tp": Group("tp", self.tp * 1.0), "dcp": Group("dcp", self.dcp * 1.0), "ep": Group("ep", self.ep * 1.0),
-            "pp": Group("pp", 2.0, self.tp * 1.0),
-        }  # fmt: skip
-        placed = dataclasses.replace(self, hidden_size=model.hidden_size, groups=groups)
-        return dataclasses.replace(placed, active=tuple(s for s in placed.schemes if not is_one(s.degree)))
+        degrees = {"tp": (self.tp, 1.0), "dcp": (self.dcp, 1.0), "ep": (self.ep, 1.0), "pp": (2.0, self.tp * 1.0)}
+        groups = {name: Group(name, ranks * 1.0, stride) for name, (ranks, stride) in degrees.items() if not is_one(getattr(self, name))}
+        placed = Layout(self.tp, self.pp, self.dp, self.ep, self.dcp, self.dp_attention, model.hidden_size, groups)
+        # the schemes look their degrees up in the layout they are part of
+        object.__setattr__(placed, "active", tuple(scheme(placed) for scheme in REGISTRY if not is_one(getattr(self, scheme.field))))
+        return placed
 
     def shard(self, layer: Layer, segments: tuple[Segment, ...]) -> Slice:
         """What one rank holds of `layer` when the whole system runs `segments`."""
