@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,8 +26,7 @@ class Op:
     Executed work by pipe: `tensor_flops` at the rate of `math`, `vector_flops` on the fp32 pipes, `exponentials` on
     the special-function units.  `model_flops` is the useful part (backward = 2 x forward, no recompute, no padding).
     `hbm_bytes` is compulsory traffic: every operand once.  `shape` holds the kernel's own extents, from which the
-    time side works out tiles and re-reads.  `live_bytes` are the activations that exist while it runs, `saved_bytes`
-    those kept for backward.
+    time side works out tiles and re-reads.  `aside` makes what no time depends on, when it is asked for.
     """
 
     name: str
@@ -35,13 +34,11 @@ class Op:
     impl: str = ""
     math: str = "bf16"
     tensor_flops: Flops = 0.0
-    vector_flops: Flops = 0.0
     exponentials: Count = 0.0
     model_flops: Flops = 0.0
     hbm_bytes: Bytes = 0.0
     shape: Mapping[str, Num] = field(default_factory=dict)
-    live_bytes: Bytes = 0.0
-    saved_bytes: Bytes = 0.0
+    aside: Callable[[], Aside] = field(default=lambda: Aside())  # noqa: PLW0108 (defined below)
     wire_bytes: Bytes = 0.0
     launches: Count = 1.0
 
@@ -51,9 +48,32 @@ class Op:
         return self.tensor_flops + self.vector_flops
 
     @property
+    def vector_flops(self) -> Flops:
+        """Work of the fp32 pipes."""
+        return self.aside().vector_flops
+
+    @property
+    def live_bytes(self) -> Bytes:
+        """Activations that exist while it runs."""
+        return self.aside().live_bytes
+
+    @property
+    def saved_bytes(self) -> Bytes:
+        """Activations kept for backward; negative where backward frees them."""
+        return self.aside().saved_bytes
+
+    @property
     def family(self) -> tuple[str, str, str]:
         """What is calibrated together: kernel, implementation and element type."""
         return (self.kernel, self.impl, self.math)
+
+
+class Aside(NamedTuple):
+    """Quantities of an op that no time depends on."""
+
+    vector_flops: Flops = 0.0
+    live_bytes: Bytes = 0.0
+    saved_bytes: Bytes = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -281,6 +301,11 @@ def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
     return np.sum(count * value, axis=0)
 
 
+def _last(value: Num, flow: Flow) -> Num:
+    """Of a flow of runs the last, whose steps are the longest: the cached prefix grows."""
+    return value[-1] if flow.runs and isinstance(value, np.ndarray) and value.ndim == np.ndim(flow.count) else value
+
+
 def _largest(values: Sequence[Num]) -> Num:
     result = values[0]
     for value in values[1:]:
@@ -347,9 +372,9 @@ class SecondsSerial(Quantity):
             slowest = _largest(stages)
             total.append(self.repeat(flow.count, slowest, runs=flow.runs))
             if len(stages) > 1:
-                rest = _sum(stages) - slowest
-                here = where(flow.count > 0, rest, 0.0)
-                drain = maximum(drain, np.max(here, axis=0) if flow.runs and np.ndim(here) == np.ndim(flow.count) else here)
+                longest = [_last(stage, flow) for stage in stages]
+                rest = _sum(longest) - _last(slowest, flow)
+                drain = maximum(drain, where(_last(flow.count, flow) > 0, rest, 0.0))
         total.append(drain)
         return _sum(total)
 
@@ -531,6 +556,8 @@ def _collapse(op: Leaf, count: Num) -> Leaf:
     changes = {name: mean(getattr(op, name)) for name in op.__slots__ if isinstance(getattr(op, name), np.ndarray)}
     if isinstance(op, Op):
         changes["shape"] = {key: mean(value) for key, value in op.shape.items()}
+        aside = Aside(*(mean(value) for value in op.aside()))
+        changes["aside"] = lambda: aside
     fields = {name: getattr(op, name) for name in op.__slots__}
     return type(op)(**{**fields, **changes})
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from simulator.dtypes import BF16, C_BF16, CacheFormat, DType
-from simulator.units import Count, Num, Tokens, floor, maximum, minimum, tri, where
-from simulator.work import Op
+from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum, tri, where
+from simulator.work import Aside, Op
 
 
 class Segment(NamedTuple):
@@ -207,18 +207,21 @@ def attention(  # noqa: PLR0913 (extents and formats are what attention is)
         "v_head_dim": d_v, "scores": scores, "keys": seen.keys, "live": live, "row_bytes": row_bytes,
         "masked": 0.0 if isinstance(mask, Bidirectional) else 1.0,
     }  # fmt: skip
-    saved = io_bytes + tokens * (kv_heads * ((d_k + d_v) * dtype.bytes) + 4.0 * heads)
+
+    def saved() -> Bytes:
+        return io_bytes + tokens * (kv_heads * ((d_k + d_v) * dtype.bytes) + 4.0 * heads)
+
     if not backward:
         extra = tokens * heads if learned_sinks else 0.0
         return Op(
             name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name, tensor_flops=forward,
-            vector_flops=scores * 5.0, exponentials=scores + extra if learned_sinks else scores, model_flops=forward,
-            hbm_bytes=io_bytes + live * row_bytes, shape=shape, live_bytes=io_bytes, saved_bytes=saved,
+            exponentials=scores + extra if learned_sinks else scores, model_flops=forward,
+            hbm_bytes=io_bytes + live * row_bytes, shape=shape, aside=lambda: Aside(scores * 5.0, io_bytes, saved()),
         )  # fmt: skip
     executed = scores * (2.0 * (3 * d_k + 2 * d_v))
     return Op(
-        name, "attention_backward", impl, dtype.name, tensor_flops=executed, vector_flops=scores * 8.0, exponentials=scores,
+        name, "attention_backward", impl, dtype.name, tensor_flops=executed, exponentials=scores,
         model_flops=2 * forward,
         hbm_bytes=2 * io_bytes + tokens * heads * (d_v * dtype.bytes + 4.0) + 2 * live * row_bytes,
-        shape=shape, live_bytes=2 * io_bytes, saved_bytes=-saved,
+        shape=shape, aside=lambda: Aside(scores * 8.0, 2 * io_bytes, -saved()),
     )  # fmt: skip

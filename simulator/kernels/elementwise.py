@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from simulator.dtypes import BF16, INT8, DType
 from simulator.units import Num
-from simulator.work import Op
+from simulator.work import Aside, Op
 
 
 def elementwise(  # noqa: PLR0913
@@ -16,18 +16,18 @@ def elementwise(  # noqa: PLR0913
     impl: str,
     dtype: DType = BF16,
     flops_per_element: float = 4.0,
-    saved_bytes: Num = 0.0,
+    kept: Num = 0.0,
 ) -> Op:
-    """`rows` rows that read and write so many elements each.
+    """`rows` rows that read and write so many elements each, and keep some for backward.
 
     bytes = rows (read + written) e; vector flops = flops_per_element x rows x read: never the limit.
     Source: FORMULAS 1.20 ("charge bytes, not FLOPs").
     """
     moved = rows * ((read + written) * dtype.bytes)
-    flops = rows * (read * flops_per_element)
     return Op(
-        name, "elementwise", impl, dtype.name, vector_flops=flops, hbm_bytes=moved, shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes},
-        live_bytes=moved, saved_bytes=saved_bytes,
+        name, "elementwise", impl, dtype.name, hbm_bytes=moved,
+        shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes},
+        aside=lambda: Aside(rows * (read * flops_per_element), moved, rows * (kept * dtype.bytes)),
     )  # fmt: skip
 
 
@@ -36,21 +36,19 @@ def norm(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
 
     Keeps the residual and its output for backward.
     """
-    saved = tokens * (2 * width) * dtype.bytes
-    return elementwise(name, rows=tokens, read=2 * width, written=2 * width, impl="norm", dtype=dtype, saved_bytes=saved)
+    return elementwise(name, rows=tokens, read=2 * width, written=2 * width, impl="norm", dtype=dtype, kept=2 * width)
 
 
 def activation(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
     """Gated activation: read gate and up (kept for backward), write the product."""
-    saved = tokens * (2 * width) * dtype.bytes
-    return elementwise(name, rows=tokens, read=2 * width, written=width, impl="activation", dtype=dtype, saved_bytes=saved)
+    return elementwise(name, rows=tokens, read=2 * width, written=width, impl="activation", dtype=dtype, kept=2 * width)
 
 
 def backward(op: Op) -> Op:
     """The gradient of an elementwise op: reads its inputs and the incoming gradient, frees what it saved."""
     return elementwise(
         f"{op.name} backward", rows=1.0, read=op.hbm_bytes, written=op.hbm_bytes * 0.5, impl=op.impl, dtype=INT8,
-        saved_bytes=-op.saved_bytes, flops_per_element=2.0,
+        kept=-op.saved_bytes, flops_per_element=2.0,
     )  # fmt: skip
 
 

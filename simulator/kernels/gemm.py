@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from simulator.dtypes import BF16, W_BF16, DType, WeightFormat
 from simulator.units import Num
-from simulator.work import Op, Serial, Work
+from simulator.work import Aside, Op, Serial, Work
 
 
 def gemm(  # noqa: PLR0913 (extents and formats are what a product is)
@@ -36,7 +36,7 @@ def gemm(  # noqa: PLR0913 (extents and formats are what a product is)
         hbm_bytes=m * (k * weight.activation.bytes) + n * (k * weight.bytes_per_element) + outputs,
         shape={"m": m, "n": n, "k": k, "weight_bytes": weight.bytes_per_element, "activation_bytes": weight.activation.bytes,
                "out_bytes": out.bytes},
-        live_bytes=m * (k * BF16.bytes) + outputs, saved_bytes=saved_bytes,
+        aside=lambda: Aside(live_bytes=m * (k * BF16.bytes) + outputs, saved_bytes=saved_bytes),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from simulator.dtypes import BF16, W_BF16, DType, WeightFormat
 from simulator.units import Count, Num, maximum, minimum
-from simulator.work import Op
+from simulator.work import Aside, Op
 
 
 def experts_hit(*, experts: Num, total_experts: int, top_k: int, tokens: Num) -> Count:
@@ -93,5 +93,5 @@ def grouped_gemm(  # noqa: PLR0913
         hbm_bytes=experts * (n * (k * weight.bytes_per_element)) + rows * (k * weight.activation.bytes) + outputs,
         shape={"m": rows, "n": n, "k": k, "experts": experts, "weight_bytes": weight.bytes_per_element,
                "activation_bytes": weight.activation.bytes, "out_bytes": out.bytes},
-        live_bytes=rows * (k * BF16.bytes) + outputs,
+        aside=lambda: Aside(live_bytes=rows * (k * BF16.bytes) + outputs),
     )  # fmt: skip

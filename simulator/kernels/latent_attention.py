@@ -9,7 +9,7 @@ from __future__ import annotations
 from simulator.dtypes import BF16, C_BF16, CacheFormat, CacheRow, DType
 from simulator.kernels.attention import Causal, Mask, Segment
 from simulator.units import Num
-from simulator.work import Op
+from simulator.work import Aside, Op
 
 
 def crossover_tokens(*, kv_lora_rank: int, nope: int, v_head_dim: int) -> float:
@@ -51,10 +51,10 @@ def latent_attention(  # noqa: PLR0913
     row_bytes = cache.row_bytes(CacheRow(kv_lora_rank, rope_head_dim, latent=True))
     io_bytes = tokens * heads * ((2 * kv_lora_rank + rope_head_dim) * dtype.bytes)
     return Op(
-        name, "latent_attention", impl, dtype.name, tensor_flops=flops, vector_flops=scores * 5.0, exponentials=scores,
+        name, "latent_attention", impl, dtype.name, tensor_flops=flops, exponentials=scores,
         model_flops=flops, hbm_bytes=io_bytes + live * row_bytes,
         shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "kv_heads": 1.0,
                "head_dim": kv_lora_rank + rope_head_dim, "v_head_dim": kv_lora_rank, "scores": scores, "keys": seen.keys,
                "live": live, "row_bytes": row_bytes, "masked": 1.0},
-        live_bytes=io_bytes,
+        aside=lambda: Aside(scores * 5.0, io_bytes),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from simulator.kernels.gemm import gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
 from simulator.layers.layer import Direction, Module, Slice, cached_bytes, shared_share
 from simulator.units import Bytes, Num, Tokens, minimum
-from simulator.work import Select, Serial, Work
+from simulator.work import Aside, Select, Serial, Work
 
 #: Tokens whose keys and values exist at once during prefill (vLLM, mla_attention.py, workspace of 65,536 rows).
 EXPANSION_TOKENS = 65536.0
@@ -155,5 +155,5 @@ class LatentAttention:
             return Serial([core, gemm_backward("kv up", **size, weight=self.weight)])
         expand = gemm("kv up", **size, weight=self.weight)
         # engines expand a long context piece by piece and merge by log-sum-exp
-        expand.live_bytes = minimum(size["m"], EXPANSION_TOKENS) * (size["n"] + size["k"]) * BF16.bytes
+        expand.aside = lambda: Aside(live_bytes=minimum(size["m"], EXPANSION_TOKENS) * (size["n"] + size["k"]) * BF16.bytes)
         return Serial([expand, core])
