@@ -84,7 +84,7 @@ class Calibration:
         if memo is None:
             memo = {}
             object.__setattr__(self, "_memo", memo)
-        return memo  # type: ignore[no-any-return]
+        return memo
 
 
 def user_folder() -> Path:

@@ -13,7 +13,7 @@ from simulator.units import parse_tokens
 EXIT_DOES_NOT_FIT = 3
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType[int]):
     """A number of tokens as vLLM writes it."""
 
     name = "tokens"
@@ -94,13 +94,13 @@ def run() -> None:
 
 
 def _console() -> Any:
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _model(source: str, weights: str | None, cache: str | None) -> Any:
-    from simulator.hf import load_model, with_formats  # noqa: PLC0415
+    from simulator.hf import load_model, with_formats
 
     return with_formats(load_model(source), weights, cache)
 
@@ -110,7 +110,7 @@ def _degrees(given: dict[str, int | None]) -> dict[str, int]:
 
 
 def _machine(gpu: str, gpus: int | None, degrees: dict[str, int]) -> Any:
-    from simulator.hardware import cluster  # noqa: PLC0415
+    from simulator.hardware import cluster
 
     product = 1
     for name in ("tp", "pp", "dp", "dp_attention"):
@@ -131,17 +131,17 @@ def _machine(gpu: str, gpus: int | None, degrees: dict[str, int]) -> Any:
 @click.option("--price", type=click.FloatRange(0, 10_000), default=None, help="US dollars per GPU-hour (default: data/prices.toml).")
 @click.option("--exit-zero", is_flag=True, help="Exit 0 even if it does not fit.")
 @output_options
-def size(  # noqa: PLR0913
+def size(
     model: str, gpu: str, gpus: int | None, context: int, concurrency: int, output: int | None, prefix_hit: float,
     tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
     weights: str | None, cache: str | None, block_size: int | None, memory_fraction: float | None, chunk: int | None,
-    price: float | None, exit_zero: bool, as_json: bool,  # noqa: FBT001
+    price: float | None, exit_zero: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
-    from simulator import plan, report  # noqa: PLC0415
-    from simulator.engines import Vllm  # noqa: PLC0415
-    from simulator.hardware import price as listed  # noqa: PLC0415
-    from simulator.serving import Request  # noqa: PLC0415
+    from simulator import plan, report
+    from simulator.engines import Vllm
+    from simulator.hardware import price as listed
+    from simulator.serving import Request
 
     degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
     machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
@@ -177,16 +177,16 @@ def size(  # noqa: PLR0913
 @format_options
 @engine_options
 @output_options
-def kv(  # noqa: PLR0913
+def kv(
     model: str, gpu: str, gpus: int | None, context: int, tp: int | None, pp: int | None, dp: int | None, ep: int | None,
     dcp: int | None, dp_attention: int | None, weights: str | None, cache: str | None, block_size: int | None,
-    memory_fraction: float | None, chunk: int | None, as_json: bool,  # noqa: FBT001
+    memory_fraction: float | None, chunk: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """What one sequence of MODEL keeps: by architecture, and as the engine allocates it."""
-    from simulator import report  # noqa: PLC0415
-    from simulator.engines import Vllm  # noqa: PLC0415
-    from simulator.estimate import check  # noqa: PLC0415
-    from simulator.parallel import Layout  # noqa: PLC0415
+    from simulator import report
+    from simulator.engines import Vllm
+    from simulator.estimate import check
+    from simulator.parallel import Layout
 
     degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
     machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
@@ -217,19 +217,19 @@ def kv(  # noqa: PLR0913
 @layout_options
 @format_options
 @output_options
-def estimate(  # noqa: PLR0913
+def estimate(
     model: str, gpu: str, gpus: int | None, phase: str, context: int, batch: int, prefix: int, chunk: int | None, engine: str | None,
     tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
-    weights: str | None, cache: str | None, as_json: bool,  # noqa: FBT001
+    weights: str | None, cache: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """How long one phase of MODEL takes on one layout, op by op."""
-    from simulator import report  # noqa: PLC0415
-    from simulator.engines import REGISTRY  # noqa: PLC0415
-    from simulator.estimate import estimate as answer  # noqa: PLC0415
-    from simulator.parallel import Layout  # noqa: PLC0415
-    from simulator.phases import Decode, Prefill  # noqa: PLC0415
-    from simulator.plan import warnings  # noqa: PLC0415
-    from simulator.serving import Request  # noqa: PLC0415
+    from simulator import report
+    from simulator.engines import REGISTRY
+    from simulator.estimate import estimate as answer
+    from simulator.parallel import Layout
+    from simulator.phases import Decode, Prefill
+    from simulator.plan import warnings
+    from simulator.serving import Request
 
     if prefix >= context:
         message = f"--prefix {prefix}: it must be smaller than --context {context}; the last token is always computed"
@@ -249,7 +249,8 @@ def estimate(  # noqa: PLR0913
     }  # fmt: skip
     told = warnings(spec, Request(context), machine)
     if float(found.footprint.total) > float(machine.gpu.usable_bytes):
-        told.append(f"{found.footprint.total / 2**30:.1f} GiB per GPU do not fit in {machine.gpu.usable_bytes / 2**30:.1f} GiB: a time for a machine with more memory")
+        held, there = (float(b) / 2**30 for b in (found.footprint.total, machine.gpu.usable_bytes))
+        told.append(f"{held:.1f} GiB per GPU do not fit in {there:.1f} GiB: a time for a machine with more memory")
     document = report.estimate_document(found, inputs, told)
     if as_json:
         click.echo(report.emit(document))
@@ -272,10 +273,10 @@ dtype_option = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp8"]
 @click.option("--k", "inputs_", type=POSITIVE, required=True, help="Inputs.")
 @dtype_option
 @output_options
-def gemm(gpu: str, rows: int, outputs: int, inputs_: int, dtype: str, as_json: bool) -> None:  # noqa: FBT001, PLR0913
+def gemm(gpu: str, rows: int, outputs: int, inputs_: int, dtype: str, as_json: bool) -> None:
     """A matrix product (m, k) x (k, n)."""
-    from simulator.dtypes import WEIGHT_FORMATS  # noqa: PLC0415
-    from simulator.kernels.gemm import gemm as product  # noqa: PLC0415
+    from simulator.dtypes import WEIGHT_FORMATS
+    from simulator.kernels.gemm import gemm as product
 
     op = product("gemm", m=float(rows), n=float(outputs), k=float(inputs_), weight=WEIGHT_FORMATS[dtype])
     _show_kernel(op, gpu, {"kernel": "gemm", "m": rows, "n": outputs, "k": inputs_, "dtype": dtype}, as_json=as_json)
@@ -295,14 +296,14 @@ def gemm(gpu: str, rows: int, outputs: int, inputs_: int, dtype: str, as_json: b
 @click.option("--backward", is_flag=True, help="The backward pass.")
 @dtype_option
 @output_options
-def attention(  # noqa: PLR0913
+def attention(
     gpu: str, impl: str, sequences: int, tokens: int, context: int | None, heads: int, kv_heads: int | None, head_dim: int,
-    v_head_dim: int | None, window: int | None, backward: bool, dtype: str, as_json: bool,  # noqa: FBT001
+    v_head_dim: int | None, window: int | None, backward: bool, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Causal attention of new tokens over a context; one new token runs the split-KV decode kernel."""
-    from simulator.dtypes import CACHE_FORMATS, DTYPES  # noqa: PLC0415
-    from simulator.kernels.attention import Causal, Segment, Window  # noqa: PLC0415
-    from simulator.kernels.attention import attention as core  # noqa: PLC0415
+    from simulator.dtypes import CACHE_FORMATS, DTYPES
+    from simulator.kernels.attention import Causal, Segment, Window
+    from simulator.kernels.attention import attention as core
 
     seen = context if context is not None else tokens
     shared = kv_heads if kv_heads is not None else heads
@@ -326,9 +327,9 @@ def attention(  # noqa: PLR0913
 
 
 def _show_kernel(op: Any, gpu: str, asked: dict[str, Any], *, as_json: bool) -> None:
-    from simulator import report  # noqa: PLC0415
-    from simulator.calibration import Calibration  # noqa: PLC0415
-    from simulator.hardware import cluster  # noqa: PLC0415
+    from simulator import report
+    from simulator.calibration import Calibration
+    from simulator.hardware import cluster
 
     machine = cluster(gpu, 1)
     told = []

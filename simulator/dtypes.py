@@ -84,7 +84,8 @@ W_BF16 = WEIGHT_FORMATS["bf16"]
 @dataclass(frozen=True, slots=True)
 class CacheRow:
     """What one token leaves in one layer's cache on one GPU: `elements` of key, value or latent, and `rope` elements
-    of a rotary part that some formats keep wider.  `latent` rows may use formats made for MLA."""
+    of a rotary part that some formats keep wider.  `latent` rows may use formats made for MLA.
+    """
 
     elements: Num
     rope: Num = 0.0

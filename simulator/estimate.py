@@ -24,7 +24,7 @@ from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
 from simulator.timing import Clock, bounded, calibrated
-from simulator.units import Bytes, Count, Flops, Num, Seconds, Tokens, minimum
+from simulator.units import Bytes, Count, Num, Seconds, Tokens, minimum
 from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
@@ -53,7 +53,7 @@ class Interval:
         return Interval(self.value * factor, self.low * factor, self.high * factor, self.basis)
 
     def inverse(self, factor: float = 1.0) -> Interval:
-        """factor / this: a rate from a time."""
+        """Factor / this: a rate from a time."""
         if self.value == 0:
             return Interval(math.inf, math.inf, math.inf, self.basis)
         return Interval(factor / self.value, factor / self.high, factor / self.low, self.basis)
@@ -104,13 +104,13 @@ class Estimate:
     layout: Layout
     cluster: Cluster
     phase: Phase
-    lower: Seconds
+    lower: float
     seconds: Interval
-    upper: Seconds
-    flops: Flops
-    model_flops: Flops
-    hbm_bytes: Bytes
-    wire_bytes: Bytes
+    upper: float
+    flops: float
+    model_flops: float
+    hbm_bytes: float
+    wire_bytes: float
     footprint: Footprint
     rows: list[Row]
     calibration: Calibration
@@ -123,10 +123,10 @@ class Estimate:
         clock = Clock(self.cluster, self.calibration)
         by: dict[str, float] = {}
         for row in self.rows:
-            by[binding_resource(clock, row.op)] = by.get(binding_resource(clock, row.op), 0.0) + row.seconds
-        resource = max(by, key=by.__getitem__)
-        total = sum(by.values())
-        return f"{_RESOURCE_NAMES[resource]} ({by[resource] / total:.0%} of the time)" if total else "nothing"
+            resource = binding_resource(clock, row.op)
+            by[resource] = by.get(resource, 0.0) + float(np.sum(row.seconds))
+        most, total = max(by, key=by.__getitem__), sum(by.values())
+        return f"{_RESOURCE_NAMES[most]} ({by[most] / total:.0%} of the time)" if total else "nothing"
 
 
 _RESOURCE_NAMES = {
@@ -143,7 +143,7 @@ def binding_resource(clock: Clock, op: Leaf) -> str:
     return "launch" if resource not in ("link", "host") and fixed > float(np.mean(demand[resource])) else resource
 
 
-def estimate(  # noqa: PLR0913 (the question has these parts)
+def estimate(
     model: ModelSpec,
     cluster: Cluster,
     layout: Layout,
@@ -154,7 +154,8 @@ def estimate(  # noqa: PLR0913 (the question has these parts)
     cache: CacheFormat | None = None,
 ) -> Estimate:
     """How long `phase` of `model` takes on `layout` of `cluster`, and what it moves.  Without an engine no host work is
-    added.  Errors: ValueError where the layout breaks a rule of the model or needs more GPUs than there are."""
+    added.  Errors: ValueError where the layout breaks a rule of the model or needs more GPUs than there are.
+    """
     check(model, cluster, layout)
     calibration = calibration or Calibration.load(cluster.gpu)
     system = System(model, layout, cache)
@@ -186,11 +187,12 @@ def check(model: ModelSpec, cluster: Cluster, layout: Layout) -> None:
 
 def _held(system: System, phase: Phase, peak: Bytes) -> Footprint:
     """What the phase needs resident: weights, the caches of its sequences at its context, and `peak` bytes of activations
-    beside the residual stream."""
+    beside the residual stream.
+    """
     if isinstance(phase, Mixed):
-        sequences: Num = sum(float(np.max(s.sequences)) for s in phase.segments)
+        sequences: Num = sum([float(np.max(s.sequences)) for s in phase.segments], 0.0)
         context: Num = max(float(np.max(s.context)) for s in phase.segments)
-        step = sum(float(np.max(s.tokens)) for s in phase.segments)
+        step: Num = sum([float(np.max(s.tokens)) for s in phase.segments], 0.0)
     else:
         sequences, context, step = phase.batch, phase.context, _step_tokens(phase)
     return replace(system.resident(sequences=sequences, context=context), activations=peak + system.residual_bytes(step))
@@ -226,7 +228,7 @@ class Bare:
     cache_bytes: Bytes
 
 
-def bare(  # noqa: PLR0913
+def bare(
     model: ModelSpec, cluster: Cluster, layout: Layout, phase: Prefill | Decode, *, calibration: Calibration,
     engine: Engine | None = None, cache: CacheFormat | None = None, with_footprint: bool = True,
 ) -> Bare:  # fmt: skip

@@ -92,7 +92,8 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
 
 def launch_decode(op: Op, gpu: Gpu) -> Launched:
     """Keys split over the SMs: the query rows of a key-value head share a tile of 64 rows; each split writes fp32
-    partial outputs and reads them once.  Source: FORMULAS 3.4, FlashAttention's num_splits_heuristic in closed form."""
+    partial outputs and reads them once.  Source: FORMULAS 3.4, FlashAttention's num_splits_heuristic in closed form.
+    """
     s = op.shape
     group_rows = s["heads"] / s["kv_heads"] * s["tokens"]
     row_tiles = ceil(group_rows * (1 / PAD_M))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from simulator.dtypes import C_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.layers.embedding import Embedding, Head
-from simulator.layers.layer import Layer, Mixer, parameters, weight_bytes, is_mixer
+from simulator.layers.layer import Layer, Mixer, is_mixer, parameters, weight_bytes
 from simulator.units import Bytes, Count, Num
 
 Block = tuple[Layer, ...]
@@ -43,7 +43,7 @@ class ModelSpec:
     embedding: Embedding
     head: Head
     cache: CacheFormat = C_BF16
-    reach: Reach = Reach()  # noqa: RUF009 (frozen)
+    reach: Reach = Reach()
     model_type: str = ""
     quantization: str = "none"
     warnings: tuple[str, ...] = ()

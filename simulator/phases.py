@@ -15,7 +15,7 @@ import numpy as np
 from simulator.dtypes import BF16, CacheFormat
 from simulator.footprint import Footprint
 from simulator.kernels.attention import Segment
-from simulator.layers.layer import Direction, Layer, Mixer, weight_bytes, is_mixer
+from simulator.layers.layer import Direction, Layer, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel.layout import Layout
 from simulator.parallel.pipeline import Stage
@@ -33,7 +33,8 @@ Host = Callable[[Count, Tokens], Op]
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
     """`batch` prompts of `context` tokens, of which `prefix` are already cached, in chunks of `chunk` tokens a step
-    (None: the whole prompt at once).  A chunk is shared by the prompts that run together: one prompt at a time."""
+    (None: the whole prompt at once).  A chunk is shared by the prompts that run together: one prompt at a time.
+    """
 
     context: Num
     batch: Num = 1.0
@@ -116,7 +117,8 @@ class System:
 
     def _decode(self, phase: Decode, host: Host | None) -> Work:
         """One token for every sequence.  Over p stages the batch travels as min(p, B) groups: every sequence's next
-        token is ready when its group has passed all stages."""
+        token is ready when its group has passed all stages.
+        """
         replicas = self.layout.dp * self.layout.dp_attention
         local = ceil(phase.batch / replicas)
         groups = minimum(self.layout.pp * 1.0, local)
@@ -150,7 +152,8 @@ class System:
     @staticmethod
     def _runs(phase: Prefill, chunk: Num, whole: Num, replicas: Num) -> tuple[Num, Segment]:
         """Counts and segments of the runs, along a leading axis: shares of all whole chunks but the first, which is
-        a run of its own."""
+        a run of its own.
+        """
         axes = (1,) * np.ndim(whole)
         shares = np.array(RUNS).reshape(-1, *axes)
         ends = np.cumsum(shares, axis=0)
@@ -161,7 +164,8 @@ class System:
 
     def footprint(self, *, sequences: Num, context: Num, step_tokens: Num) -> Footprint:
         """What the most demanding rank holds: weights, the caches of `sequences` at `context` tokens, and the
-        activations of a step of `step_tokens` new tokens."""
+        activations of a step of `step_tokens` new tokens.
+        """
         return replace(self.resident(sequences=sequences, context=context), activations=self.activation_bytes(step_tokens))
 
     def resident(self, *, sequences: Num, context: Num) -> Footprint:
@@ -202,7 +206,8 @@ class System:
 
     def activation_bytes(self, step_tokens: Num) -> Bytes:
         """The most activations held in one step of `step_tokens`: the residual stream and the widest op of any layer.
-        Attention keeps no score matrix; its cost is the kernel's inputs and outputs."""
+        Attention keeps no score matrix; its cost is the kernel's inputs and outputs.
+        """
         segments = (Segment(self.layout.dp * self.layout.dp_attention * 1.0, step_tokens, 0.0),)
         peak: Bytes = 0.0
         for layer in (*self.model.layers, self.model.embedding):

@@ -80,7 +80,7 @@ class Plan:
         if self.runner_up is None or self.runner_up.speed is None or self.best.speed is None or self.service is None:
             return False
         times = self.service.cold.seconds
-        return self.runner_up.speed.latency_s < self.best.speed.latency_s * times.high / times.value
+        return float(self.runner_up.speed.latency_s) < float(self.best.speed.latency_s) * times.high / times.value
 
 
 def layouts(model: ModelSpec, gpus: int) -> Iterator[Layout]:
@@ -97,7 +97,7 @@ def layouts(model: ModelSpec, gpus: int) -> Iterator[Layout]:
                     yield from _expert_choices(Layout(tp, pp, dp, 1, dcp, rest), experts)
 
 
-def _expert_choices(layout: Layout, experts: bool) -> Iterator[Layout]:  # noqa: FBT001
+def _expert_choices(layout: Layout, experts: bool) -> Iterator[Layout]:
     group = int(layout.tp * layout.dp_attention)
     if layout.dp_attention == 1:
         yield layout
@@ -124,7 +124,7 @@ def refusals(model: ModelSpec, layout: Layout, engine: Vllm) -> list[str]:
 
 def stack(chosen: list[Layout]) -> Layout:
     """Many layouts as one whose degrees are arrays."""
-    return Layout(*(np.array([float(getattr(layout, name)) for layout in chosen]) for name in DEGREES))
+    return Layout(**{name: np.array([float(getattr(layout, name)) for layout in chosen]) for name in DEGREES})
 
 
 def hold(model: ModelSpec, chosen: list[Layout], machine: Cluster, request: Request, engine: Vllm) -> list[Candidate]:
@@ -147,7 +147,8 @@ def timed(
     model: ModelSpec, candidates: list[Candidate], machine: Cluster, request: Request, engine: Vllm, calibration: Calibration
 ) -> list[Candidate]:
     """Candidates with their times, the best first.  Where the means differ by less than 3 %, no answer here could tell
-    them apart: the one with fewer kinds of parallelism comes first, then the one with the earlier first token."""
+    them apart: the one with fewer kinds of parallelism comes first, then the one with the earlier first token.
+    """
     if not candidates:
         return []
     times = speed(model, stack([c.layout for c in candidates]), machine, request, engine=engine, calibration=calibration)
@@ -164,7 +165,7 @@ def timed(
     return sorted(found, key=rank)
 
 
-def size(  # noqa: PLR0913
+def size(
     model: ModelSpec, machine: Cluster, request: Request, *, engine: Vllm | None = None,
     calibration: Calibration | None = None, fixed: dict[str, int] | None = None,
     price_usd_per_gpu_hour: float | None = None,
@@ -196,7 +197,8 @@ def size(  # noqa: PLR0913
 
 def _allowed(model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, int]) -> tuple[list[Layout], dict[str, int]]:
     """Layouts of the grid that obey every rule; the others counted by reason.  All degrees given: that layout alone."""
-    allowed, refused = [], {}
+    allowed: list[Layout] = []
+    refused: dict[str, int] = {}
     chosen = [
         layout for layout in layouts(model, machine.gpus)
         if all(getattr(layout, name) == degree for name, degree in fixed.items())
@@ -276,6 +278,7 @@ def warnings(model: ModelSpec, request: Request, machine: Cluster) -> list[str]:
             f"{request.context:,} tokens are beyond the {declared:,} that {model.name} declares; "
             f"the engine needs an override (see launch) and the answers' quality there is not claimed by anyone"
         )
-    lacking = sorted({layer.weight.math.name for layer in model.layers if hasattr(layer, "weight") and not machine.gpu.supports(layer.weight.math.name)})
+    used = {layer.weight.math.name for layer in model.layers if hasattr(layer, "weight")}
+    lacking = sorted(math for math in used if not machine.gpu.supports(math))
     found += [f"{machine.gpu.name} has no {math} arithmetic: {math} weights are multiplied in {machine.gpu.runs_as(math)}" for math in lacking]
     return found

@@ -191,7 +191,8 @@ def _layout_document(layout: Any) -> dict[str, Any]:
 def _candidate_document(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     speed = candidate.speed
     return {
-        "layout": str(candidate.layout), "fits": candidate.fits, "reason": None if candidate.fits else reason(plan, candidate), "short_bytes_per_gpu": max(candidate.short_bytes, 0.0),
+        "layout": str(candidate.layout), "fits": candidate.fits, "short_bytes_per_gpu": max(candidate.short_bytes, 0.0),
+        "reason": None if candidate.fits else reason(plan, candidate),
         "max_context_tokens": candidate.longest, "whole_sequences": int(candidate.capacity.whole_sequences),
         "max_concurrency": float(candidate.capacity.concurrency * candidate.capacity.replicas),
         "ttft_s": None if speed is None else float(speed.ttft_s), "tpot_s": None if speed is None else float(speed.tpot_s),
@@ -289,13 +290,11 @@ def _print_cache(plan: Plan, console: Console) -> None:
 def _print_service(plan: Plan, console: Console) -> None:
     service, request = plan.service, plan.request
     assert service is not None
-    rows = [
-        ["TTFT, cold prompt", show(service.cold.seconds), span(service.cold.seconds), service.cold.seconds.basis, service.cold.binding()],
-        [f"TTFT, {service.cached_tokens:,} tokens cached", show(service.hit.seconds), span(service.hit.seconds), service.hit.seconds.basis, service.hit.binding()],
-        [f"TPOT, {request.concurrency} at {request.context:,}", show(service.decode.seconds), span(service.decode.seconds), service.decode.seconds.basis, service.decode.binding()],
-        ["input tokens/s/GPU", show(service.input_tokens_per_s_per_gpu, ""), span(service.input_tokens_per_s_per_gpu, ""), service.input_tokens_per_s_per_gpu.basis, ""],
-        ["output tokens/s/GPU", show(service.output_tokens_per_s_per_gpu, ""), span(service.output_tokens_per_s_per_gpu, ""), service.output_tokens_per_s_per_gpu.basis, ""],
-    ]  # fmt: skip
+    hit, at = f"TTFT, {service.cached_tokens:,} tokens cached", f"TPOT, {request.concurrency} at {request.context:,}"
+    times = [("TTFT, cold prompt", service.cold), (hit, service.hit), (at, service.decode)]
+    rows = [[name, show(e.seconds), span(e.seconds), e.seconds.basis, e.binding()] for name, e in times]
+    rates = [("input tokens/s/GPU", service.input_tokens_per_s_per_gpu), ("output tokens/s/GPU", service.output_tokens_per_s_per_gpu)]
+    rows += [[name, show(rate, ""), span(rate, ""), rate.basis, ""] for name, rate in rates]
     named = [
         ("$ per request", service.usd_per_request), ("$ per million input tokens", service.usd_per_million_input),
         ("$ per million cached tokens", service.usd_per_million_cached),
@@ -330,7 +329,10 @@ def _print_choice(plan: Plan, console: Console) -> None:
     if plan.runner_up and plan.best.speed and plan.runner_up.speed:
         gap = float(plan.runner_up.speed.latency_s) / float(plan.best.speed.latency_s) - 1
         if plan.tie:
-            console.print(f"  {plan.runner_up.layout} is a tie: {abs(gap):.0%} apart, inside the interval; fewer kinds of parallelism are preferred", highlight=False, soft_wrap=True)
+            console.print(
+                f"  {plan.runner_up.layout} is a tie: {abs(gap):.0%} apart, inside the interval; fewer kinds of parallelism are preferred",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         else:
             console.print(f"  {plan.runner_up.layout} lost: {gap:.0%} more time for the mean request", highlight=False, soft_wrap=True)
     if plan.fits:
@@ -413,7 +415,8 @@ def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: 
             "activations leave no room for a cache; give more GPUs (--tp 8)", highlight=False, soft_wrap=True,
         )  # fmt: skip
         return
-    console.print(f"vLLM on {document['inputs']['gpus']} x {document['inputs']['gpu']}: {gib(engine['bytes_per_sequence_per_gpu'])} per GPU for one sequence", highlight=False)
+    machine = f"{document['inputs']['gpus']} x {document['inputs']['gpu']}"
+    console.print(f"vLLM on {machine}: {gib(engine['bytes_per_sequence_per_gpu'])} per GPU for one sequence", highlight=False)
     for line in engine["log"]:
         console.print(f"  {line}", highlight=False)
 
@@ -477,7 +480,9 @@ def print_estimate(document: dict[str, Any], estimate: Estimate, console: Consol
     console.print(f"calibration: {document['calibration']}", style="dim", highlight=False)
 
 
-def kernel_document(op: Leaf, machine: Cluster, calibration: Calibration, inputs: dict[str, Any], warnings: Sequence[str]) -> dict[str, Any]:
+def kernel_document(
+    op: Leaf, machine: Cluster, calibration: Calibration, inputs: dict[str, Any], warnings: Sequence[str]
+) -> dict[str, Any]:
     """The keys of `kernel`."""
     from simulator.estimate import interval  # noqa: PLC0415
 

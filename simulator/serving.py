@@ -24,7 +24,8 @@ from simulator.units import Seconds, ceil
 @dataclass(frozen=True, slots=True)
 class Request:
     """What one request looks like: `context` tokens in all, `output` of them generated, a share `prefix_hit` of the
-    prompt found in the prefix cache."""
+    prompt found in the prefix cache.
+    """
 
     context: int
     concurrency: int = 1
@@ -93,7 +94,7 @@ class Service:
     joules_per_input_token: Interval
 
 
-def serve(  # noqa: PLR0913
+def serve(
     model: ModelSpec, layout: Layout, cluster: Cluster, request: Request, *, engine: Vllm, calibration: Calibration,
     price_usd_per_gpu_hour: float | None,
 ) -> Service:  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -97,9 +98,9 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def _show_seconds(value: float, digits: int) -> str:
-    if abs(value) >= 7200:
+    if abs(value) >= 7200:  # noqa: PLR2004 (two hours)
         return f"{significant(value / 3600, digits)} h"
-    if abs(value) >= 600:
+    if abs(value) >= 600:  # noqa: PLR2004 (ten minutes)
         return f"{significant(value / 60, digits)} min"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if abs(value) >= scale:
@@ -121,7 +122,7 @@ def parse_tokens(text: str | float) -> int:
         message = f"{text!r}: not a number of tokens; write an integer, or 128K (131,072), 1M (1,048,576), 25.6k (25,600)"
         raise ValueError(message)
     whole, fraction, suffix = match[1].replace(",", "").replace("_", ""), match[2] or "", match[3]
-    value = float(whole + fraction) * _TOKEN_SCALE.get(suffix, 1)
+    value = Decimal(whole + fraction) * int(_TOKEN_SCALE.get(suffix, 1))
     if value != int(value) or (fraction.strip(".0") and suffix.isupper()):
         message = f"{text!r}: not a whole number of tokens; fractions go with k, m, g only (25.6k = 25,600)"
         raise ValueError(message)
@@ -170,14 +171,14 @@ def floor(x: Num) -> Num:
 def minimum(x: Num, y: Num) -> Num:
     """Elementwise smaller of `x` and `y`."""
     if type(x) in _PLAIN and type(y) in _PLAIN:
-        return x if x <= y else y
+        return min(x, y)
     return np.minimum(x, y)
 
 
 def maximum(x: Num, y: Num) -> Num:
     """Elementwise larger of `x` and `y`."""
     if type(x) in _PLAIN and type(y) in _PLAIN:
-        return x if x >= y else y
+        return max(x, y)
     return np.maximum(x, y)
 
 

@@ -147,7 +147,8 @@ class Overlap:
 @dataclass(slots=True, eq=False)
 class Repeat:
     """`work`, `count` times.  With `runs`, the leading axis of `count` enumerates runs of equal steps whose
-    quantities may differ along that axis, and the value is the sum over it."""
+    quantities may differ along that axis, and the value is the sum over it.
+    """
 
     count: Num
     work: Work
@@ -187,7 +188,8 @@ class Pipeline:
 @dataclass(slots=True, eq=False)
 class Later:
     """Work made when it is evaluated, and forgotten after: a sweep then holds the arrays of one layer, not of a model.
-    Occurring several times in a tree, it is evaluated once."""
+    Occurring several times in a tree, it is evaluated once.
+    """
 
     make: Callable[[], Work]
 
@@ -223,21 +225,20 @@ def fold(work: Work, algebra: Algebra) -> Any:
     known: dict[int, tuple[Later, Any]] = {}
 
     def value(node: Work) -> Any:
-        kind = type(node)
-        if kind is Op or kind is Message:
+        if isinstance(node, (Op, Message)):
             return algebra.leaf(node)
-        if kind is Serial:
+        if isinstance(node, Serial):
             return algebra.serial([value(part) for part in node.parts])
-        if kind is Repeat:
+        if isinstance(node, Repeat):
             return algebra.repeat(node.count, value(node.work), runs=node.runs)
-        if kind is Later:
+        if isinstance(node, Later):
             if id(node) not in known:
                 known[id(node)] = (node, value(node.make()))
             return known[id(node)][1]
-        if kind is Overlap:
+        if isinstance(node, Overlap):
             return algebra.overlap(node.parts, [value(part) for part in node.parts])
-        if kind is Select:
-            if type(node.mask) in (bool, np.bool_):
+        if isinstance(node, Select):
+            if isinstance(node.mask, (bool, np.bool_)):
                 return value(node.a if node.mask else node.b)
             return algebra.select(node.mask, value(node.a), value(node.b))
         return algebra.pipeline(node.flows, [[value(stage) for stage in flow.stages] for flow in node.flows])
@@ -296,9 +297,8 @@ def _sum(values: Sequence[Num]) -> Num:
 def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
     if not runs:
         return count * value
-    if np.ndim(value) < np.ndim(count):
-        return np.sum(count, axis=0) * value
-    return np.sum(count * value, axis=0)
+    total: Num = np.sum(count, axis=0) * value if np.ndim(value) < np.ndim(count) else np.sum(count * value, axis=0)
+    return total
 
 
 def _last(value: Num, flow: Flow) -> Num:
@@ -494,7 +494,7 @@ class Row:
     """One line of an explanation: an op, how often it runs, and what it takes in all."""
 
     op: Leaf
-    count: float
+    count: Num
     seconds: Seconds
 
 

@@ -323,14 +323,14 @@ def test_a_gpu_without_a_price_costs_nothing_known() -> None:
 
 def test_reading_one_gpu_does_not_read_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    original = hardware._read  # noqa: SLF001
+    original = hardware._read
 
     def record(*parts: str) -> dict[str, Any]:
         read.append(parts[-1])
         return original(*parts)
 
     monkeypatch.setattr(hardware, "_read", record)
-    for cached in (hardware._load, hardware.link_seeds):  # noqa: SLF001
+    for cached in (hardware._load, hardware.link_seeds):
         cached.cache_clear()
     gpu("h200")
     assert sorted(read) == ["h200_sxm.toml", "links.toml"]

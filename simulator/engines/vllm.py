@@ -74,7 +74,7 @@ class Capacity:
 
     @property
     def concurrency(self) -> Num:
-        """vLLM's "Maximum concurrency": blocks over blocks per request, of one engine."""
+        """VLLM's "Maximum concurrency": blocks over blocks per request, of one engine."""
         return self.blocks / self.blocks_per_sequence
 
     @property
@@ -84,7 +84,7 @@ class Capacity:
 
     @property
     def tokens(self) -> int:
-        """vLLM's "GPU KV cache size" (concurrency x max_model_len, not a rate)."""
+        """VLLM's "GPU KV cache size" (concurrency x max_model_len, not a rate)."""
         return int(self.concurrency * self.max_model_len)
 
     def at(self, index: int) -> Capacity:
@@ -177,7 +177,8 @@ class Vllm:
         tokens = float(self.step_tokens(gpu))
         held = system.footprint(sequences=sequences, context=context, step_tokens=tokens)
         latent = [(n, layer) for n, layer in model.counted if isinstance(layer, LatentAttention)]
-        weights, workspace = held.weights, 0.0
+        weights: Bytes = held.weights
+        workspace: Bytes = 0.0
         if latent:
             n, layer = latent[0]
             heads = layer.num_attention_heads / layout.tp

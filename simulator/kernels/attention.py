@@ -47,7 +47,8 @@ class Segment(NamedTuple):
 
 class Seen(NamedTuple):
     """What a mask lets a segment see, per sequence: `pairs` scored, `live` keys that some query sees (what must be
-    read), and the most `keys` one query sees."""
+    read), and the most `keys` one query sees.
+    """
 
     pairs: Count
     live: Tokens
@@ -78,11 +79,11 @@ class Causal:
     """Every key up to the query itself."""
 
     def cumulative(self, n: Num) -> Count:
-        """n (n + 1) / 2."""
+        """N (n + 1) / 2."""
         return tri(n)
 
     def seen(self, segment: Segment) -> Seen:
-        """pairs C P + C (C + 1) / 2, written without the difference of large numbers; live and keys P + C."""
+        """Pairs C P + C (C + 1) / 2, written without the difference of large numbers; live and keys P + C."""
         prefix = segment.mean_prefix
         context = prefix + segment.new_tokens
         return Seen(segment.new_tokens * prefix + tri(segment.new_tokens), context, context)
@@ -95,7 +96,8 @@ class Causal:
 @dataclass(frozen=True, slots=True)
 class Window:
     """The last `width` keys, the query included (HF convention q - width < k <= q; FlashAttention's left window is
-    width - 1)."""
+    width - 1).
+    """
 
     width: int
 
@@ -105,7 +107,7 @@ class Window:
         return tri(full) + (n - full) * self.width
 
     def seen(self, segment: Segment) -> Seen:
-        """live min(P, W - 1) + C; keys min(P + C, W)."""
+        """Live min(P, W - 1) + C; keys min(P + C, W)."""
         prefix = segment.mean_prefix
         live = minimum(prefix, self.width - 1) + segment.new_tokens
         return Seen(_mean_pairs(self, segment), live, minimum(prefix + segment.new_tokens, self.width))
@@ -127,7 +129,7 @@ class Chunked:
         return whole * tri(self.width) + tri(n - whole * self.width)
 
     def seen(self, segment: Segment) -> Seen:
-        """live (P mod K) + C; over a run, where the phase of P repeats, the mean that its pairs imply."""
+        """Live (P mod K) + C; over a run, where the phase of P repeats, the mean that its pairs imply."""
         prefix, new = segment.mean_prefix, segment.new_tokens
         scored = _mean_pairs(self, segment)
         inside = prefix - floor(prefix / self.width) * self.width
@@ -144,11 +146,11 @@ class Bidirectional:
     """Every key, earlier or later (encoders)."""
 
     def cumulative(self, n: Num) -> Count:
-        """n squared: only meaningful from an empty prefix."""
+        """N squared: only meaningful from an empty prefix."""
         return n * n
 
     def seen(self, segment: Segment) -> Seen:
-        """pairs C (P + C)."""
+        """Pairs C (P + C)."""
         context = segment.context
         return Seen(segment.new_tokens * context, context, context)
 
@@ -168,7 +170,7 @@ def pairs(mask: Mask, segment: Segment) -> Count:
     return mask.seen(segment).pairs
 
 
-def attention(  # noqa: PLR0913 (extents and formats are what attention is)
+def attention(
     name: str,
     segment: Segment,
     *,

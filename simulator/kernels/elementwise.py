@@ -7,7 +7,7 @@ from simulator.units import Num
 from simulator.work import Aside, Op
 
 
-def elementwise(  # noqa: PLR0913
+def elementwise(
     name: str,
     *,
     rows: Num,

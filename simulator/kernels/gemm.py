@@ -5,12 +5,22 @@ Legend: m rows (tokens), n outputs, k inputs.
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from simulator.dtypes import BF16, W_BF16, DType, WeightFormat
 from simulator.units import Num
 from simulator.work import Aside, Op, Serial, Work
 
 
-def gemm(  # noqa: PLR0913 (extents and formats are what a product is)
+class Size(TypedDict):
+    """Extents of a product: (m, k) x (k, n)."""
+
+    m: Num
+    n: Num
+    k: Num
+
+
+def gemm(
     name: str,
     *,
     m: Num,
@@ -40,7 +50,7 @@ def gemm(  # noqa: PLR0913 (extents and formats are what a product is)
     )  # fmt: skip
 
 
-def gemm_backward(  # noqa: PLR0913
+def gemm_backward(
     name: str,
     *,
     m: Num,

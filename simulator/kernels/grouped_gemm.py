@@ -71,7 +71,7 @@ def busiest_rank(*, tokens: Num, top_k: int, total_experts: int, ranks: Num) -> 
     return rows, minimum(hit + 0.94 * z * spread, minimum(local, maximum(rows, 1.0)))
 
 
-def grouped_gemm(  # noqa: PLR0913
+def grouped_gemm(
     name: str,
     *,
     rows: Num,

@@ -23,7 +23,7 @@ def crossover_tokens(*, kv_lora_rank: int, nope: int, v_head_dim: int) -> float:
     return kv_lora_rank * (nope + v_head_dim) / (2 * kv_lora_rank - nope - v_head_dim)
 
 
-def latent_attention(  # noqa: PLR0913
+def latent_attention(
     name: str,
     segment: Segment,
     *,

@@ -7,8 +7,8 @@ A *mixer* mixes tokens; a *channel mixer* does not.
 
 from simulator.layers.attention import Attention
 from simulator.layers.embedding import Embedding, Head
-from simulator.layers.layer import Direction, Layer, Mixer, Module, Slice
 from simulator.layers.latent import LatentAttention
+from simulator.layers.layer import Direction, Layer, Mixer, Module, Slice
 from simulator.layers.mlp import GatedMLP
 from simulator.layers.moe import MoE
 

@@ -29,7 +29,7 @@ class Attention:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    mask: Mask = Causal()  # noqa: RUF009 (frozen)
+    mask: Mask = Causal()
     rotary_dim: int = 0
     attention_bias: bool = False
     output_bias: bool = False
@@ -112,7 +112,8 @@ class Attention:
 
     def _core(self, held: Slice, segment: Segment, cache: CacheFormat, *, is_backward: bool = False) -> Op:
         """One segment's scores.  Decode over shared caches: this rank's share of the keys with every sharer's heads.
-        Prefill over shared caches: own heads over the gathered past, the same flops."""
+        Prefill over shared caches: own heads over the gathered past, the same flops.
+        """
         shared = segment.split_kv
         return attention(
             "core", shared_share(segment, held.cache_ranks) if shared else segment,

@@ -14,7 +14,7 @@ import numpy as np
 from simulator.dtypes import BF16, C_BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal, Mask, Segment, attention
 from simulator.kernels.elementwise import backward, copy, norm, rotary
-from simulator.kernels.gemm import gemm, gemm_backward
+from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
 from simulator.layers.layer import Direction, Module, Slice, cached_bytes, shared_share
 from simulator.units import Bytes, Num, Tokens, minimum
@@ -41,7 +41,7 @@ class LatentAttention:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    mask: Mask = Causal()  # noqa: RUF009 (frozen)
+    mask: Mask = Causal()
     weight: WeightFormat = W_BF16
     gathers_past = True
 
@@ -72,7 +72,7 @@ class LatentAttention:
         return found
 
     def cache_row(self, held: Slice) -> CacheRow:  # noqa: ARG002 (the same on every rank)
-        """r + d_r, whatever the number of heads."""
+        """R + d_r, whatever the number of heads."""
         return CacheRow(float(self.kv_lora_rank), float(self.qk_rope_head_dim), latent=True)
 
     def stored_tokens(self, context: Num) -> Tokens:
@@ -96,12 +96,12 @@ class LatentAttention:
         tokens, width = held.tokens, float(self.hidden_size)
         latent = float(self.kv_lora_rank + self.qk_rope_head_dim)
         down = latent + (self.q_lora_rank or 0)
-        query = {"m": tokens, "n": held.heads * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
+        query: Size = {"m": tokens, "n": held.heads * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
         first = norm("attention norm", tokens=tokens, width=width)
         inner = norm("latent norm", tokens=tokens, width=down / 2)
         turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * self.qk_rope_head_dim)
-        down_size = {"m": tokens, "n": down, "k": width}
-        o_size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
+        down_size: Size = {"m": tokens, "n": down, "k": width}
+        o_size: Size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
         if direction is Direction.BACKWARD:
             return Serial([
                 gemm_backward("o", **o_size, weight=self.weight),
@@ -143,7 +143,7 @@ class LatentAttention:
 
     def _expanded(self, held: Slice, segment: Segment, *, is_backward: bool = False) -> Work:
         """Keys and values of every visible token made from its latent, then a core of d_n + d_r and d_v."""
-        size = {
+        size: Size = {
             "m": segment.sequences * self.mask.seen(segment).live,
             "n": held.heads * (self.qk_nope_head_dim + self.v_head_dim), "k": float(self.kv_lora_rank),
         }  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from simulator.dtypes import BF16, W_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.kernels.elementwise import activation, backward, copy, norm
-from simulator.kernels.gemm import gemm, gemm_backward
+from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.grouped_gemm import busiest_rank, experts_hit, grouped_gemm
 from simulator.layers.layer import Direction, Module, Slice
 from simulator.units import Count, Num, maximum
@@ -80,7 +80,7 @@ class MoE:
         tokens, width, inner = held.tokens, float(self.hidden_size), held.intermediate
         rows, hit = self.routed(held)
         first = norm("moe norm", tokens=tokens, width=width)
-        router = {"m": tokens, "n": float(self.num_experts), "k": width}
+        router: Size = {"m": tokens, "n": float(self.num_experts), "k": width}
         permute = copy("permute", rows=rows, width=width)
         gate = activation("expert activation", tokens=rows, width=inner)
         combine = copy("combine", rows=rows, width=width)
@@ -101,7 +101,7 @@ class MoE:
 
     @staticmethod
     def _weight_gradient(name: str, rows: Num, hit: Num, n: Num, k: Num) -> Op:
-        """dW of each expert: k x n from rows / experts rows each."""
+        """DW of each expert: k x n from rows / experts rows each."""
         return grouped_gemm(name, rows=hit * k, experts=hit, n=n, k=rows / maximum(hit, 1.0))
 
     def _shared_work(self, held: Slice, direction: Direction) -> list[Work]:

@@ -5,6 +5,7 @@ shared by all (expert parallelism over the same ranks).  Nothing of the cache is
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 from simulator.layers import MoE
 from simulator.layers.layer import Layer, Slice
 from simulator.model import ModelSpec

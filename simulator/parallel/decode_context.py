@@ -8,11 +8,12 @@ log-sum-exp.  Prefill gathers the past (latents) or the queries.  Source: FORMUL
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 from simulator.dtypes import BF16, FP32, CacheFormat
 from simulator.kernels.attention import Window
 from simulator.kernels.messages import message
 from simulator.layers import Attention
-from simulator.layers.layer import Layer, Mixer, Slice, is_mixer
+from simulator.layers.layer import Layer, Slice, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
 from simulator.work import Serial, Work
@@ -49,7 +50,7 @@ class DecodeContext(Scheme):
         return Serial([*before, work, *after])
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:
-        """c divides t, and removes copies only: c <= t / kv_heads (t for a latent cache)."""
+        """C divides t, and removes copies only: c <= t / kv_heads (t for a latent cache)."""
         c, t = int(self.degree), int(self.layout.tp)
         if c == 1:
             return

@@ -8,6 +8,7 @@ the layer's all-reduce.
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 from simulator.dtypes import BF16, CacheFormat
 from simulator.kernels.messages import message
 from simulator.layers import MoE
@@ -24,7 +25,7 @@ class Expert(Scheme):
     field = "ep"
 
     def shard(self, held: Slice, layer: Layer) -> Slice:
-        """experts / n."""
+        """Experts / n."""
         if not isinstance(layer, MoE) or is_one(self.degree):
             return held
         return held._replace(experts=held.experts / self.degree, expert_ranks=self.degree * 1.0)

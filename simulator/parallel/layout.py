@@ -46,7 +46,8 @@ class RankClass(NamedTuple):
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """Degrees of each scheme, numbers or arrays.  `hidden_size`, `groups` and `active`, the schemes that do something,
-    are set when a model is placed on it."""
+    are set when a model is placed on it.
+    """
 
     tp: Num = 1
     pp: Num = 1
@@ -54,14 +55,12 @@ class Layout:
     ep: Num = 1
     dcp: Num = 1
     dp_attention: Num = 1
-    hidden_size: int = 0
-    groups: Mapping[str, Group] = dataclasses.field(default_factory=dict)
+    hidden_size: int = dataclasses.field(default=0, init=False)
+    groups: Mapping[str, Group] = dataclasses.field(default_factory=dict, init=False)
     active: tuple[Scheme, ...] = dataclasses.field(default=(), init=False)
 
     def __post_init__(self) -> None:
         """Refuse degrees that are not positive integers."""
-        if self.hidden_size:
-            return  # placed: checked before
         for name in DEGREES:
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
@@ -90,9 +89,11 @@ class Layout:
         """This layout, told the width of the model's residual stream."""
         degrees = {"tp": (self.tp, 1.0), "dcp": (self.dcp, 1.0), "ep": (self.ep, 1.0), "pp": (2.0, self.tp * 1.0)}
         groups = {name: Group(name, ranks * 1.0, stride) for name, (ranks, stride) in degrees.items() if not is_one(getattr(self, name))}
-        placed = Layout(self.tp, self.pp, self.dp, self.ep, self.dcp, self.dp_attention, model.hidden_size, groups)
+        placed = Layout(self.tp, self.pp, self.dp, self.ep, self.dcp, self.dp_attention)
         # the schemes look their degrees up in the layout they are part of
-        object.__setattr__(placed, "active", tuple(scheme(placed) for scheme in REGISTRY if not is_one(getattr(self, scheme.field))))
+        active = tuple(scheme(placed) for scheme in REGISTRY if not is_one(getattr(self, scheme.field)))
+        for name, value in (("hidden_size", model.hidden_size), ("groups", groups), ("active", active)):
+            object.__setattr__(placed, name, value)
         return placed
 
     def shard(self, layer: Layer, segments: tuple[Segment, ...]) -> Slice:
@@ -114,10 +115,10 @@ class Layout:
         found: list[RankClass] = []
         seen: set[tuple[object, ...]] = set()
         for stage in self.pipeline.stages(model):
-            key = (*stage.counts, stage.first, stage.last) if isinstance(self.pp, (int, float)) else (stage.index,)
+            key = (*stage.counts, stage.first, stage.last) if isinstance(self.pp, (int, float)) else (stage.number,)
             if key not in seen:
                 seen.add(key)
-                name = "only" if stage.index == 0 and np.all(self.pp == 1) else f"stage {stage.index}"
+                name = "only" if stage.number == 0 and np.all(self.pp == 1) else f"stage {stage.number}"
                 found.append(RankClass(name, stage))
         return found
 

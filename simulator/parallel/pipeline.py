@@ -22,7 +22,7 @@ from simulator.work import Work
 class Stage(NamedTuple):
     """One stage: how many blocks of each kind, and whether it is the first, the last, or there at all (0 or 1)."""
 
-    index: int
+    number: int
     counts: tuple[Num, ...]
     first: Num
     last: Num
@@ -43,16 +43,17 @@ class Pipeline(Scheme):
         most = int(degrees.max())
         tables = [_split(model, int(degree), most) for degree in degrees]
 
-        def column(values: list[float]) -> Num:
-            return values[0] if len(set(values)) == 1 else np.array(values)[row]
+        def column(values: list[Num]) -> Num:
+            plain = [float(value) for value in values]
+            return plain[0] if len(set(plain)) == 1 else np.array(plain)[row]
 
-        return [
-            Stage(
-                s, tuple(column([table[s].counts[k] for table in tables]) for k in range(len(model.kinds))),
-                *(column([table[s][field] for table in tables]) for field in (2, 3, 4)),
-            )
-            for s in range(most)
-        ]  # fmt: skip
+        found = []
+        for s in range(most):
+            same = [table[s] for table in tables]
+            counts = tuple(column([stage.counts[k] for stage in same]) for k in range(len(model.kinds)))
+            first, last, present = ([getattr(stage, name) for stage in same] for name in ("first", "last", "present"))
+            found.append(Stage(s, counts, column(first), column(last), column(present)))
+        return found
 
     def hand_over(self, tokens: Tokens) -> Work | None:
         """The send from a stage to the next: residual stream and block output, each rank of the tensor group its part."""

@@ -7,6 +7,7 @@ when t exceeds their number.
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 from simulator.dtypes import BF16, CacheFormat
 from simulator.kernels.messages import message
 from simulator.layers import Attention, GatedMLP, Head, LatentAttention, MoE
@@ -23,7 +24,7 @@ class Tensor(Scheme):
     field = "tp"
 
     def shard(self, held: Slice, layer: Layer) -> Slice:
-        """heads / t, max(1, kv_heads / t), width / t; experts keep their width where expert ranks split their number."""
+        """Heads / t, max(1, kv_heads / t), width / t; experts keep their width where expert ranks split their number."""
         t = self.degree
         if is_one(t):
             return held
