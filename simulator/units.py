@@ -135,9 +135,9 @@ def parse_tokens(text: str | float) -> int:
 def parse_seconds(text: str | float) -> float:
     """Read a duration: a number of seconds, or with s, ms, us, min, h."""
     if isinstance(text, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*(min|h)\s*", text)
+        match = re.fullmatch(r"(.*[0-9.].*?)(min|h)\s*", text)
         if match:
-            return float(match[1]) * {"min": 60.0, "h": 3600.0}[match[2]]
+            return SECONDS.parse(match[1]) * {"min": 60.0, "h": 3600.0}[match[2]]
     return SECONDS.parse(text)
 
 

@@ -301,11 +301,6 @@ def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
     return total
 
 
-def _last(value: Num, flow: Flow) -> Num:
-    """Of a flow of runs the last, whose steps are the longest: the cached prefix grows."""
-    return value[-1] if flow.runs and isinstance(value, np.ndarray) and value.ndim == np.ndim(flow.count) else value
-
-
 def _largest(values: Sequence[Num]) -> Num:
     result = values[0]
     for value in values[1:]:
@@ -372,9 +367,8 @@ class SecondsSerial(Quantity):
             slowest = _largest(stages)
             total.append(self.repeat(flow.count, slowest, runs=flow.runs))
             if len(stages) > 1:
-                longest = [_last(stage, flow) for stage in stages]
-                rest = _sum(longest) - _last(slowest, flow)
-                drain = maximum(drain, where(_last(flow.count, flow) > 0, rest, 0.0))
+                rest = where(flow.count > 0, _sum(stages) - slowest, 0.0)
+                drain = maximum(drain, np.max(rest, axis=0) if flow.runs and np.ndim(rest) == np.ndim(flow.count) else rest)
         total.append(drain)
         return _sum(total)
 
