@@ -25,7 +25,7 @@ from simulator.work import Flow, Later, Op, Overlap, Pipeline, Repeat, Serial, W
 #: Runs that stand for the chunks of a prefill between its first and its last whole one, each a share of them: short at
 #: first, where time still bends with the prefix.  Pairs are exact whatever the shares; time is within 0.2 % of the sum
 #: over chunks (a law).
-RUNS = (1 / 16, 4 / 16, 11 / 16)
+RUNS = (0.2, 0.8)
 
 #: Host work of one step of one stage: from the number of kernels launched to an op on resource `host`.
 Host = Callable[[Count, Tokens], Op]
@@ -177,7 +177,7 @@ class System:
         largest: Footprint | None = None
         for stage in self.stages:
             # a last stage apart from the first holds a tied embedding once more
-            weights: Bytes = stage.first * ends[0] + stage.last * (ends[1] + (1 - stage.first) * tied)
+            weights: Bytes = _times(stage.first, ends[0]) + _times(stage.last, ends[1] + (1 - stage.first) * tied)
             cache: Bytes = 0.0
             for count, (held, kept) in zip(stage.counts, kinds, strict=True):
                 weights, cache = weights + count * held, cache + count * kept
@@ -213,3 +213,8 @@ class System:
         for layer in (*self.model.layers, self.model.embedding):
             peak = maximum(peak, peak_bytes(self._layer(layer, segments, Direction.FORWARD)))
         return peak + self.residual_bytes(step_tokens)
+
+
+def _times(share: Num, value: Num) -> Num:
+    """share x value, without touching arrays where the share is plainly nothing."""
+    return 0.0 if isinstance(share, float) and share == 0.0 else share * value

@@ -79,12 +79,14 @@ class Clock:
             parts.append(launched.tensor_flops * (deep * slow))
             if type(launched.exponentials) is not float or launched.exponentials:
                 parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))
-        return smooth_max(parts, constants.power) + constants.launch_s * present(moved)
+        return smooth_max(parts, constants.power) + fixed(constants.launch_s, moved)
 
 
-def present(work: Num) -> Num:
-    """1 where there is work, else 0."""
-    return (1.0 if work > 0 else 0.0) if type(work) in (float, int) else np.sign(work)
+def fixed(launch_s: Seconds, work: Num) -> Seconds:
+    """The op's own fixed time where there is work, else nothing."""
+    if isinstance(work, np.ndarray):
+        return launch_s if np.min(work) > 0 else launch_s * np.sign(work)
+    return launch_s if work > 0 else 0.0
 
 
 def least_wire(op: Message) -> Num:
