@@ -23,7 +23,7 @@ from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
-from simulator.timing import Clock, bounded, calibrated
+from simulator.timing import Clock, bounded, calibrated, clock_of
 from simulator.units import Bytes, Count, Num, Seconds, Tokens, minimum
 from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
 
@@ -235,7 +235,8 @@ def bare(
     """Bound, expected time and footprint without rows or interval, for numbers or arrays."""
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
-    clock = Clock(cluster, calibration)
+    single = not any(isinstance(v, np.ndarray) for v in _numbers(layout))
+    clock = clock_of(cluster, calibration) if single else Clock(cluster, calibration)
     if not with_footprint:
         lower, seconds = fold(work, Together(bounded(clock), calibrated(clock)))
         return Bare(lower, seconds, 0.0, 0.0, 0.0)

@@ -153,7 +153,8 @@ class System:
     @staticmethod
     def _runs(phase: Prefill, chunk: Num, whole: Num, replicas: Num) -> tuple[Num, Segment]:
         """Counts and segments along a leading axis: the first whole chunk, shares of those between, the last (the one
-        that drains a pipeline)."""
+        that drains a pipeline).
+        """
         axes = (1,) * np.ndim(whole)
         shares = np.array(RUNS).reshape(-1, *axes)
         before = np.cumsum(shares, axis=0) - shares
@@ -216,5 +217,5 @@ class System:
 
 
 def _times(share: Num, value: Num) -> Num:
-    """share x value, without touching arrays where the share is plainly nothing."""
+    """Share x value, without touching arrays where the share is plainly nothing."""
     return 0.0 if isinstance(share, float) and share == 0.0 else share * value

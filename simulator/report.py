@@ -221,7 +221,7 @@ def print_size(plan: Plan, inputs: dict[str, Any], console: Console) -> None:
     _print_memory(plan, console)
     _print_cache(plan, console)
     if plan.service:
-        _print_service(plan, console)
+        _print_service(plan, inputs, console)
     _print_choice(plan, console)
     command, notes = launch(plan)
     console.print("[bold]Launch[/]")
@@ -287,7 +287,7 @@ def _print_cache(plan: Plan, console: Console) -> None:
     console.print()
 
 
-def _print_service(plan: Plan, console: Console) -> None:
+def _print_service(plan: Plan, inputs: dict[str, Any], console: Console) -> None:
     service, request = plan.service, plan.request
     assert service is not None
     hit, at = f"TTFT, {service.cached_tokens:,} tokens cached", f"TPOT, {request.concurrency} at {request.context:,}"
@@ -309,6 +309,8 @@ def _print_service(plan: Plan, console: Console) -> None:
         f"no time is below its bound: cold prefill {SECONDS.show(service.cold.lower, 2)}, decode step {SECONDS.show(service.decode.lower, 2)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if inputs["price_usd_per_gpu_hour"] is not None:
+        console.print(f"  at ${inputs['price_usd_per_gpu_hour']:.2f} per GPU-hour ({inputs['price_source']})", highlight=False, soft_wrap=True)
     console.print(f"  calibration: {service.cold.calibration.description}", highlight=False, soft_wrap=True)
     console.print()
 

@@ -24,7 +24,7 @@ class Clock:
 
     def __init__(self, cluster: Cluster, calibration: Calibration) -> None:
         self.cluster, self.gpu, self.calibration = cluster, cluster.gpu, calibration
-        self._ports: dict[tuple[str, int], tuple[Group, Port]] = {}
+        self._ports: dict[tuple[object, ...], tuple[Group, Port]] = {}
         self._peaks: dict[str, float] = {}
 
     def peak(self, math: str) -> float:
@@ -34,10 +34,12 @@ class Clock:
         return self._peaks[math]
 
     def port(self, op: Message) -> Port:
-        """What the message meets."""
-        key = (op.pattern, id(op.group))
+        """What the message meets: by the group's numbers, or by the group itself where they are arrays."""
+        group = op.group
+        plain = isinstance(group.ranks, float) and isinstance(group.stride, float)
+        key = (op.pattern, group.ranks, group.stride) if plain else (op.pattern, id(group))
         if key not in self._ports:
-            self._ports[key] = (op.group, port(op.pattern, op.group, self.cluster))
+            self._ports[key] = (group, port(op.pattern, group, self.cluster))
         return self._ports[key][1]
 
     def demand(self, op: Leaf) -> Mapping[str, Seconds]:
@@ -80,6 +82,20 @@ class Clock:
             if type(launched.exponentials) is not float or launched.exponentials:
                 parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))
         return smooth_max(parts, constants.power) + fixed(constants.launch_s, moved)
+
+
+_clocks: dict[tuple[int, int], Clock] = {}
+
+
+def clock_of(cluster: Cluster, calibration: Calibration) -> Clock:
+    """The clock of a cluster under a calibration, kept for the next single question about the same two."""
+    key = (id(cluster), id(calibration))
+    found = _clocks.get(key)
+    if found is None or found.cluster is not cluster or found.calibration is not calibration:
+        if len(_clocks) >= 16:  # noqa: PLR2004 (a handful of machines is plenty)
+            _clocks.clear()
+        found = _clocks[key] = Clock(cluster, calibration)
+    return found
 
 
 def fixed(launch_s: Seconds, work: Num) -> Seconds:
