@@ -28,6 +28,7 @@ class Tokens(click.ParamType[int]):
 
 TOKENS = Tokens()
 POSITIVE = click.IntRange(1, 1_000_000)
+EXTENT = click.IntRange(1, 2**40)
 Command = Callable[..., Any]
 
 
@@ -211,14 +212,14 @@ def kv(
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
 @click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of each sequence at the end of the phase.")
 @click.option("--batch", type=POSITIVE, default=1, show_default=True, help="Sequences.")
-@click.option("--prefix", type=click.IntRange(0), default=0, show_default=True, help="Tokens already cached (prefill).")
+@click.option("--prefix", type=TOKENS, default=None, help="Tokens already cached (prefill; default: none).")
 @click.option("--chunk", type=TOKENS, default=None, help="New tokens per step (prefill; default: all at once).")
 @click.option("--engine", type=click.Choice(["vllm"]), default=None, help="Add the engine's host work; without it, none is added.")
 @layout_options
 @format_options
 @output_options
 def estimate(
-    model: str, gpu: str, gpus: int | None, phase: str, context: int, batch: int, prefix: int, chunk: int | None, engine: str | None,
+    model: str, gpu: str, gpus: int | None, phase: str, context: int, batch: int, prefix: int | None, chunk: int | None, engine: str | None,
     tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
     weights: str | None, cache: str | None, as_json: bool,
 ) -> None:  # fmt: skip
@@ -231,6 +232,7 @@ def estimate(
     from simulator.plan import warnings
     from simulator.serving import Request
 
+    prefix = prefix or 0
     if prefix >= context:
         message = f"--prefix {prefix}: it must be smaller than --context {context}; the last token is always computed"
         raise ValueError(message)
@@ -268,9 +270,9 @@ dtype_option = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp8"]
 
 @kernel.command()
 @click.option("--gpu", default="h200", show_default=True)
-@click.option("--m", "rows", type=POSITIVE, required=True, help="Rows (tokens).")
-@click.option("--n", "outputs", type=POSITIVE, required=True, help="Outputs.")
-@click.option("--k", "inputs_", type=POSITIVE, required=True, help="Inputs.")
+@click.option("--m", "rows", type=EXTENT, required=True, help="Rows (tokens).")
+@click.option("--n", "outputs", type=EXTENT, required=True, help="Outputs.")
+@click.option("--k", "inputs_", type=EXTENT, required=True, help="Inputs.")
 @dtype_option
 @output_options
 def gemm(gpu: str, rows: int, outputs: int, inputs_: int, dtype: str, as_json: bool) -> None:

@@ -164,8 +164,8 @@ def test_every_rank_of_a_tensor_group_holds_the_down_projections_of_deepseek_v3(
 
 
 def test_windows_that_a_config_names_but_does_not_use_are_no_windows() -> None:
-    assert config_of("Qwen/Qwen2.5-14B-Instruct-1M")["sliding_window"]
-    assert all(isinstance(mixer.mask, Causal) for _, mixer in model("Qwen/Qwen2.5-14B-Instruct-1M").mixers)
+    assert config_of("Qwen/Qwen2.5-7B-Instruct-1M")["sliding_window"]
+    assert all(isinstance(mixer.mask, Causal) for _, mixer in model("Qwen/Qwen2.5-7B-Instruct-1M").mixers)
     assert all(mixer.mask == Window(4096) for _, mixer in model("mistralai/Mistral-7B-v0.1").mixers)
 
 
@@ -286,14 +286,14 @@ def test_an_unknown_id_names_the_nearest(text: str, named: str) -> None:
     assert "config.json" in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["Qwen3", "Llama", "70B"])
+@pytest.mark.parametrize("text", ["Qwen3", "Llama", "Instruct"])
 def test_an_id_that_fits_several_lists_them(text: str) -> None:
     with pytest.raises(ValueError, match="several match") as refused:
         load_model(text)
     assert sum(name in str(refused.value) for name in catalog()) >= 2
 
 
-@pytest.mark.parametrize("text", ["", "   ", "/nowhere/at/all", "zzzzzzzz", "a" * 5000])
+@pytest.mark.parametrize("text", ["", "   ", "/nowhere/at/all", "zzzzzzzz", "a" * 300, "a\0b"], ids=range(6))
 def test_what_is_no_model_at_all_is_one_line(text: str) -> None:
     with pytest.raises(ValueError, match=r"(?s)^(?!.*\n).*$"):
         load_model(text)
@@ -367,9 +367,9 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 
 def test_more_layers_than_any_model_has_are_refused_rather_than_built() -> None:
-    """A stack of 1e9 layers would be built one by one: refuse it before."""
+    """Layers are read one by one: a stack of a hundred million would never be."""
     with pytest.raises(ValueError, match="num_hidden_layers"):
-        read_config({**LLAMA, "num_hidden_layers": 10**8}, "mine")
+        read_config({**LLAMA, "num_hidden_layers": 100_000}, "mine")
 
 
 junk = st.one_of(

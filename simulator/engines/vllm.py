@@ -308,7 +308,10 @@ class Vllm:
                     return
 
     def reach_override(self, model: ModelSpec, context: int) -> str | None:
-        """The `--hf-overrides` that lets vLLM go beyond what the config declares; None within it."""
+        """The `--hf-overrides` that lets vLLM go beyond what the config declares; None within it.
+
+        YaRN is stretched, or put on a model without scaling; Llama 3's own scaling has no knob but the declared length.
+        """
         declared = model.reach.declared_tokens
         if declared is None or context <= declared:
             return None
@@ -318,6 +321,10 @@ class Vllm:
         if kind == "yarn" and isinstance(original, int):
             rope.pop("type", None)
             scaled = {**rope, "rope_type": "yarn", "factor": -(-context // original)}
+            return json.dumps({"rope_parameters": scaled})
+        if not kind and "rope_theta" in rope and context > 1.25 * declared:  # noqa: PLR2004 (less is left to plain RoPE)
+            factor = -(-context * 100 // declared) / 100
+            scaled = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": declared, "rope_theta": rope["rope_theta"]}
             return json.dumps({"rope_parameters": scaled})
         return json.dumps({"max_position_embeddings": context})
 

@@ -62,8 +62,8 @@ class DecodeContext(Scheme):
                 most = max(1, t // layer.num_key_value_heads)
                 if c > most:
                     yield (
-                        f"--dcp {c}: with --tp {t} and {layer.num_key_value_heads} key-value heads there are {most} copies "
-                        f"to remove; use at most {most}"
+                        f"--dcp {c}: with --tp {t} and {layer.num_key_value_heads} key-value heads the cache is held {most}-fold, "
+                        f"so at most {most} ranks can share it; use --dcp {most}"
                     )
                     return
                 if isinstance(layer.mask, Window) or layer.mask.stored(2**40) < 2**40:
