@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ _UNMODELLED = {
     "mb_per_layer": "Mamba layers",
 }
 _MAX_COUNT = 10**9
+_MAX_LAYERS = 10_000
 
 
 def load_model(source: str | Path | Config) -> ModelSpec:
@@ -45,8 +47,8 @@ def load_model(source: str | Path | Config) -> ModelSpec:
     if isinstance(source, Mapping):
         return read_config(source, str(source.get("_name_or_path") or source.get("model_type") or "model"))
     text = str(source)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = _path(text)
+    if path is not None:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             message = f"{text}: no config.json in this folder; give a folder or file that holds the model's config.json"
@@ -54,6 +56,15 @@ def load_model(source: str | Path | Config) -> ModelSpec:
         return read_config(_parse(file), path.resolve().name if path.is_dir() else path.stem)
     identifier = find(text)
     return read_config(_parse(data_path("models", identifier.replace("/", "--") + ".json")), identifier)
+
+
+def _path(text: str) -> Path | None:
+    """The path meant by `text`, if there is one."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long for a file name, or no home folder
+        return None
 
 
 def catalog() -> list[str]:
@@ -109,7 +120,7 @@ class _Keys:
             value = self.config.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value != int(value):  # noqa: PLR0124
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
                 message = f"{self.name}: {name} = {value!r} is not an integer; correct the config"
                 raise ValueError(message)
             if not least <= value <= _MAX_COUNT:
@@ -130,6 +141,29 @@ class _Keys:
         """Whatever stands there."""
         return self.config.get(name)
 
+    def mapping(self, name: str) -> Config:
+        """An object, empty where there is none."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            message = f"{self.name}: {name} = {value!r} is not an object; correct the config"
+            raise ValueError(message)
+        return value or {}
+
+    def listing(self, name: str) -> list[Any]:
+        """A list, empty where there is none."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, list):
+            message = f"{self.name}: {name} = {value!r} is not a list; correct the config"
+            raise ValueError(message)
+        return value or []
+
+    def share(self, value: Any, name: str) -> float:
+        """A number from 0 to 1."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            message = f"{self.name}: {name} = {value!r} is not a share between 0 and 1; correct the config"
+            raise ValueError(message)
+        return float(value)
+
 
 def read_config(config: Config, name: str) -> ModelSpec:
     """The model a config describes."""
@@ -145,6 +179,9 @@ def read_config(config: Config, name: str) -> ModelSpec:
     keys = _Keys(config, name)
     width, vocabulary = keys.count("hidden_size", "n_embd", "d_model"), keys.count("vocab_size")
     layers = keys.count("num_hidden_layers", "n_layer", "n_layers")
+    if layers > _MAX_LAYERS:
+        message = f"{name}: num_hidden_layers = {layers} is more than {_MAX_LAYERS:,}; correct the config"
+        raise ValueError(message)
     formats = _Formats(config, name, warnings)
     unmodelled = sorted(k for k in _UNMODELLED if config.get(k) is not None)
     if unmodelled:
@@ -189,10 +226,10 @@ def _attention(keys: _Keys, formats: _Formats, index: int, layers: int) -> Atten
         message = f"{keys.name}: {heads} attention heads do not divide over {shared} key-value heads; correct the config"
         raise ValueError(message)
     mask, rotates = _mask(keys, index, layers)
-    partial = keys.get("partial_rotary_factor") or (keys.get("rope_parameters") or {}).get("partial_rotary_factor") or 1.0
+    partial = keys.get("partial_rotary_factor") or keys.mapping("rope_parameters").get("partial_rotary_factor") or 1.0
     return Attention(
         hidden_size=width, num_attention_heads=heads, num_key_value_heads=shared, head_dim=head_dim, mask=mask,
-        rotary_dim=int(head_dim * float(partial)) if rotates else 0,
+        rotary_dim=int(head_dim * keys.share(partial, "partial_rotary_factor")) if rotates else 0,
         attention_bias=keys.flag("attention_bias", default=kind in _BIASED_BY_CLASS),
         output_bias=kind == "gpt_oss" and keys.flag("attention_bias"),
         qk_norm=kind in _NORMED_BY_CLASS or (kind == "glm4_moe" and keys.flag("use_qk_norm")),
@@ -202,10 +239,13 @@ def _attention(keys: _Keys, formats: _Formats, index: int, layers: int) -> Atten
 
 def _mask(keys: _Keys, index: int, layers: int) -> tuple[Mask, bool]:
     """The mask of a layer, and whether it rotates queries and keys."""
-    kind, types = str(keys.get("model_type")), keys.get("layer_types")
+    kind, types = str(keys.get("model_type")), keys.listing("layer_types")
     rotates = True
     if kind == "llama4_text":
-        pattern = keys.get("no_rope_layers")
+        pattern = keys.listing("no_rope_layers")
+        if pattern and len(pattern) != layers:
+            message = f"{keys.name}: no_rope_layers has {len(pattern)} entries for {layers} layers; correct the config"
+            raise ValueError(message)
         every = keys.count("no_rope_layer_interval", default=4)
         rotates = bool(pattern[index]) if pattern else (index + 1) % every != 0
         return (Chunked(keys.count("attention_chunk_size", default=8192)) if rotates else Causal()), rotates
@@ -214,7 +254,7 @@ def _mask(keys: _Keys, index: int, layers: int) -> tuple[Mask, bool]:
     if not width or not uses:
         return Causal(), rotates
     window = Window(keys.count("sliding_window"))
-    if isinstance(types, list) and len(types) == layers:
+    if len(types) == layers:
         return (window if "sliding" in str(types[index]) else Causal()), rotates
     if kind in ("qwen2", "qwen3"):
         return (window if index >= keys.count("max_window_layers", default=0, least=0) else Causal()), rotates
@@ -266,8 +306,8 @@ def _channel(keys: _Keys, formats: _Formats, index: int) -> Layer:
 def _routed(keys: _Keys, index: int) -> bool:
     """Whether layer `index` has experts."""
     if keys.get("moe_layers"):
-        return index in keys.get("moe_layers")
-    if index in (keys.get("mlp_only_layers") or ()):
+        return index in keys.listing("moe_layers")
+    if index in keys.listing("mlp_only_layers"):
         return False
     if index < keys.count("first_k_dense_replace", default=0, least=0):
         return False
@@ -278,17 +318,17 @@ def _routed(keys: _Keys, index: int) -> bool:
 
 
 def _reach(keys: _Keys) -> Reach:
-    scaling = keys.get("rope_scaling") or keys.get("rope_parameters") or {}
-    scaling = dict(scaling) if isinstance(scaling, Mapping) else {}
-    chunks = keys.get("dual_chunk_attention_config") or {}
-    trained = scaling.get("original_max_position_embeddings") or chunks.get("original_max_position_embeddings")
+    scaling = keys.mapping("rope_scaling") or keys.mapping("rope_parameters")
+    chunks = keys.mapping("dual_chunk_attention_config")
+    before = {**chunks, **{k: v for k, v in scaling.items() if v is not None}}
+    trained = _Keys(before, keys.name).count("original_max_position_embeddings", default=0, least=0)
     declared = keys.count("max_position_embeddings", "max_seq_len", "n_positions", default=0, least=0) or None
     rope = {k: v for k, v in scaling.items() if v is not None}
     if keys.get("rope_theta") is not None:
         rope.setdefault("rope_theta", keys.get("rope_theta"))
     if chunks:
         rope["dual_chunk_attention_config"] = dict(chunks)
-    return Reach(declared, int(trained) if trained else None, rope)
+    return Reach(declared, trained or None, rope)
 
 
 class _Formats:
@@ -306,7 +346,8 @@ class _Formats:
         weight = self.plain
         if quantized:
             weight, self.method = _checkpoint_format(quantized, name, warnings, self.plain)
-        ignored = [str(x) for x in quantized.get("modules_to_not_convert") or quantized.get("ignore") or ()]
+        reader = _Keys(quantized, name)
+        ignored = [str(x) for x in reader.listing("modules_to_not_convert") or reader.listing("ignore")]
         whole = any(word in entry for entry in ignored for word in ("self_attn", "attn*"))
         self.attention = self.plain if whole else weight
         self.dense = self.plain if self.method == "mxfp4" else weight
@@ -333,10 +374,9 @@ def _checkpoint_format(quantized: Config, name: str, warnings: list[str], plain:
     if method in ("awq", "gptq"):
         return WEIGHT_FORMATS["int4"], method
     if method == "compressed-tensors":
-        bits = {
-            (group.get("weights") or {}).get("num_bits"): (group.get("weights") or {}).get("type")
-            for group in (quantized.get("config_groups") or {}).values()
-        }
+        groups = _Keys(quantized, name).mapping("config_groups")
+        weights = [_Keys(_Keys(groups, name).mapping(group), name).mapping("weights") for group in groups]
+        bits = {group.get("num_bits"): group.get("type") for group in weights}
         if set(bits) == {8}:
             return WEIGHT_FORMATS["fp8" if bits[8] == "float" else "int8"], "compressed-tensors"
         if set(bits) == {4}:

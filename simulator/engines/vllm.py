@@ -322,7 +322,7 @@ class Vllm:
             rope.pop("type", None)
             scaled = {**rope, "rope_type": "yarn", "factor": -(-context // original)}
             return json.dumps({"rope_parameters": scaled})
-        if not kind and "rope_theta" in rope and context > 1.25 * declared:  # noqa: PLR2004 (less is left to plain RoPE)
+        if not kind and "rope_theta" in rope and context > 1.25 * declared:
             factor = -(-context * 100 // declared) / 100
             scaled = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": declared, "rope_theta": rope["rope_theta"]}
             return json.dumps({"rope_parameters": scaled})
