@@ -117,8 +117,8 @@ class System:
         return self._prefill(phase, host)
 
     def _decode(self, phase: Decode, host: Host | None) -> Work:
-        """One token for every sequence.  Over p stages the batch travels as min(p, B) groups: every sequence's next
-        token is ready when its group has passed all stages.
+        """One token for every sequence.  Over p stages the batch goes round as min(p, B) groups without end: a sequence's
+        next token is ready when its group has passed all stages and the groups before it have had their turn.
         """
         replicas = self.layout.dp * self.layout.dp_attention
         local = ceil(phase.batch / replicas)
@@ -127,7 +127,7 @@ class System:
         share = ceil(local / groups) * replicas
         segments = (Segment(share, phase.new_tokens, prefix, split_kv=True),)
         works = self.step(segments, host=host)
-        return works[0] if len(works) == 1 else Pipeline([Flow(groups, works)])
+        return works[0] if len(works) == 1 else Pipeline([Flow(groups, works, steady=True)])
 
     def _prefill(self, phase: Prefill, host: Host | None) -> Work:
         """First chunk and R runs at their mean prefix, then the ragged last chunk."""

@@ -166,11 +166,15 @@ class Select:
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """`count` equal microbatches through the stages of a pipeline (`runs` as in `Repeat`)."""
+    """`count` equal microbatches through the stages of a pipeline (`runs` as in `Repeat`).
+
+    `steady`: the same microbatches go round without end (decoding): one round, not a filled and drained pipeline.
+    """
 
     count: Num
     stages: Sequence[Work]
     runs: bool = False
+    steady: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -180,6 +184,7 @@ class Pipeline:
     For m equal microbatches and stage times t_s the makespan is sum(t_s) + (m - 1) max(t_s), exact (permutation flow
     shop).  For a sequence of flows the drain is that of the longest microbatch: exact when stages are equal, else an
     upper bound by at most the difference in drain of the longest and the shortest microbatch.
+    One round of m microbatches in a steady flow takes max(sum(t_s), m max(t_s)).
     """
 
     flows: Sequence[Flow]
@@ -365,6 +370,9 @@ class SecondsSerial(Quantity):
         drain: Num = 0.0
         for flow, stages in zip(flows, values, strict=True):
             slowest = _largest(stages)
+            if flow.steady:
+                total.append(maximum(_sum(stages), flow.count * slowest))
+                continue
             total.append(self.repeat(flow.count, slowest, runs=flow.runs))
             if len(stages) > 1:
                 rest = where(flow.count > 0, _sum(stages) - slowest, 0.0)
@@ -529,13 +537,32 @@ class Rows:
         ]
 
     def pipeline(self, flows: Sequence[Flow], values: list[list[list[Row]]]) -> list[Row]:
-        """The slowest stage for every microbatch, the others once."""
-        rows: list[Row] = []
-        for flow, stages in zip(flows, values, strict=True):
-            totals = [self.repeat(flow.count, stage, runs=flow.runs) for stage in stages]
-            slowest = max(range(len(totals)), key=lambda s: sum(float(np.sum(row.seconds)) for row in totals[s]))
-            rows += totals[slowest]
-        return rows
+        """The slowest stage for every microbatch, and the others once, for the longest: what the time is made of."""
+        return self.serial(_critical(flows, values, self.repeat, lambda rows: sum(float(np.sum(row.seconds)) for row in rows)))
+
+
+def _critical(
+    flows: Sequence[Flow], values: list[list[Any]], repeat: Callable[..., Any], seconds: Callable[[Any], float]
+) -> list[Any]:
+    """The parts of a pipeline's time: every microbatch on the slowest stage, and one pass of the longest over the rest."""
+    parts: list[Any] = []
+    drains: list[tuple[float, list[Any]]] = []
+    for flow, stages in zip(flows, values, strict=True):
+        totals = [repeat(flow.count, stage, runs=flow.runs) for stage in stages]
+        slowest = max(range(len(totals)), key=lambda s: seconds(totals[s]))
+        once = np.flatnonzero(np.asarray(flow.count) > 0) if flow.runs else np.array([0.0])
+        if not once.size or not np.any(flow.count):
+            continue
+        last = np.eye(np.size(flow.count))[int(once[-1])].reshape(np.shape(flow.count)) if flow.runs else 1.0
+        passes = [repeat(last, stage, runs=flow.runs) for stage in stages]
+        if flow.steady and seconds(totals[slowest]) < sum(seconds(one) for one in passes):
+            parts += passes
+            continue
+        parts.append(totals[slowest])
+        if not flow.steady:
+            rest = [one for s, one in enumerate(passes) if s != slowest]
+            drains.append((sum(seconds(one) for one in rest), rest))
+    return parts + (max(drains, key=lambda d: d[0])[1] if drains else [])
 
 
 def _collapse(op: Leaf, count: Num) -> Leaf:
@@ -587,9 +614,5 @@ class ByKernel:
         return {family: where(mask, a.get(family, 0.0), b.get(family, 0.0)) for family in {**a, **b}}
 
     def pipeline(self, flows: Sequence[Flow], values: list[list[dict[tuple[str, str, str], Num]]]) -> dict[tuple[str, str, str], Num]:
-        """The slowest stage for every microbatch."""
-        parts = []
-        for flow, stages in zip(flows, values, strict=True):
-            totals = [self.repeat(flow.count, stage, runs=flow.runs) for stage in stages]
-            parts.append(max(totals, key=lambda v: float(np.sum(_sum(list(v.values()))))))
-        return self.serial(parts)
+        """As the time is made of: the slowest stage for every microbatch, the others once."""
+        return self.serial(_critical(flows, values, self.repeat, lambda v: float(np.sum(_sum(list(v.values()))))))
