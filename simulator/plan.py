@@ -18,6 +18,7 @@ from simulator.layers import Attention, LatentAttention, MoE
 from simulator.model import ModelSpec
 from simulator.parallel import DEGREES, Layout
 from simulator.serving import Request, Service, Speed, serve, speed
+from simulator.units import gib
 
 #: A context longer than this is not limited by memory: every layer's cache is bounded.
 UNLIMITED_TOKENS = 2**34
@@ -237,8 +238,8 @@ def reason(plan: Plan, candidate: Candidate) -> str:
     """Why a layout does not hold the request, and the nearest thing that would."""
     capacity, model, layout = candidate.capacity, plan.model, candidate.layout
     if capacity.available_bytes <= 0:
-        return f"weights and activations alone are {-capacity.available_bytes / 2**30:.1f} GiB per GPU too much"
-    told = [f"short by {candidate.short_bytes / 2**30:.1f} GiB per GPU"]
+        return f"weights and activations alone are {gib(-float(capacity.available_bytes))} per GPU too much"
+    told = [f"short by {gib(candidate.short_bytes)} per GPU"]
     ranks = float(layout.tp * layout.pp)
     copies = float(capacity.per_sequence_bytes) * ranks / max(float(model.cache_bytes(float(plan.request.context))), 1.0)
     latent = any(isinstance(layer, LatentAttention) for layer in model.layers)

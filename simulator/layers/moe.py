@@ -42,7 +42,7 @@ class MoE:
         return Slice(segments, experts=float(self.num_experts), intermediate=float(self.moe_intermediate_size))
 
     def modules(self, held: Slice) -> Sequence[Module]:
-        """Router and norm are replicated; shared experts are split like a dense layer."""
+        """Router, norm and the experts' output biases are replicated; shared experts are split like a dense layer."""
         width = self.hidden_size
         found = [
             Module("experts.gate_up_proj", held.experts * held.intermediate * (2 * width), self.expert_weight),
@@ -51,7 +51,8 @@ class MoE:
             Module("post_attention_layernorm", float(width), W_BF16, replicated=True),
         ]
         if self.expert_bias:
-            found.append(Module("experts.bias", held.experts * (2 * held.intermediate + width), W_BF16))
+            found.append(Module("experts.gate_up_bias", held.experts * (2 * held.intermediate), W_BF16))
+            found.append(Module("experts.down_bias", held.experts * width, W_BF16, replicated=True))
         if self.router_bias:
             found.append(Module("router.bias", float(self.num_experts), W_BF16, replicated=True))
         if self.shared_intermediate_size:

@@ -7,6 +7,7 @@ tensor and the tensor x attention-data group.  GPUs = tp x pp x dp_attention x d
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -65,7 +66,7 @@ class Layout:
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
                 continue
-            if isinstance(value, bool) or value != int(value) or value < 1:
+            if isinstance(value, bool) or not math.isfinite(value) or value != int(value) or value < 1:
                 flag = name.replace("_", "-")
                 message = f"--{flag} {value}: a degree is a positive integer"
                 raise ValueError(message)
