@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
 import multiprocessing.pool
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,7 +26,7 @@ from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
 from simulator.timing import Clock, bounded, calibrated, clock_of
-from simulator.units import Bytes, Count, Num, Seconds, Tokens, minimum
+from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum
 from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
@@ -245,8 +247,10 @@ def bare(
     return Bare(lower, seconds, held.total, held.weights, held.cache)
 
 
-#: Cells evaluated together: the arrays of one block stay in the caches of a core.
+#: Cells evaluated together: enough to hide the cost of a call, few enough that a layer's arrays stay near the core.
 BLOCK = 8192
+#: Names of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def sweep(
@@ -256,40 +260,53 @@ def sweep(
 ) -> Bare:  # fmt: skip
     """`bare` over arrays of any length, block by block; equal to it cell by cell.
 
-    More than two blocks go to `workers` processes (default: one per core), forked once and kept; where the system
+    More than two blocks are shared among `workers` processes (default: one per core), forked once and kept; where the system
     cannot fork, one after the other.
     """
     calibration = calibration or Calibration.load(cluster.gpu)
     cells = max((np.size(v) for v in (*_numbers(layout), *_numbers(phase))), default=1)
-    starts = range(0, cells, block)
+    workers = workers or os.cpu_count() or 1
+    pool = _pool(workers) if cells > 2 * block else None
+    shared = pickle.dumps((model, cluster, calibration, engine))
+    share = cells if pool is None else -(-cells // workers)
     questions = [
-        _Question(model, cluster, _cut(layout, start, block), _cut(phase, start, block), calibration, engine, with_footprint)
-        for start in starts
+        _Question(shared, _cut(layout, start, share), _cut(phase, start, share), min(share, cells - start), block, with_footprint)
+        for start in range(0, cells, share)
     ]
-    pool = _pool(workers or os.cpu_count() or 1) if len(questions) > 2 else None  # noqa: PLR2004 (less is not worth a pool)
     parts = [_answer(q) for q in questions] if pool is None else pool.map(_answer, questions, chunksize=1)
-    sizes = [min(block, cells - start) for start in starts]
-    joined = {
-        f.name: np.concatenate([np.broadcast_to(getattr(p, f.name), (size,)) for p, size in zip(parts, sizes, strict=True)])
-        for f in fields(Bare)
-    }
-    return Bare(**joined)
+    return Bare(*np.concatenate(parts, axis=1))
 
 
 class _Question(NamedTuple):
-    model: ModelSpec
-    cluster: Cluster
+    """A worker's share: what all shares have in common, as bytes it unpacks once, and its own cells."""
+
+    shared: bytes
     layout: Layout
     phase: Prefill | Decode
-    calibration: Calibration
-    engine: Engine | None
+    cells: int
+    block: int
     with_footprint: bool
 
 
-def _answer(q: _Question) -> Bare:
-    return bare(
-        q.model, q.cluster, q.layout, q.phase, calibration=q.calibration, engine=q.engine, with_footprint=q.with_footprint
-    )
+@lru_cache(maxsize=4)
+def _unpacked(shared: bytes) -> tuple[ModelSpec, Cluster, Calibration, Engine | None]:
+    """Our own bytes, back from `sweep`."""
+    unpacked: tuple[ModelSpec, Cluster, Calibration, Engine | None] = pickle.loads(shared)  # noqa: S301 (written by sweep)
+    return unpacked
+
+
+def _answer(q: _Question) -> Array:
+    """The fields of `Bare` as rows, block after block."""
+    model, cluster, calibration, engine = _unpacked(q.shared)
+    found = np.empty((len(fields(Bare)), q.cells))
+    for start in range(0, q.cells, q.block):
+        part = bare(
+            model, cluster, _cut(q.layout, start, q.block), _cut(q.phase, start, q.block), calibration=calibration, engine=engine,
+            with_footprint=q.with_footprint,
+        )  # fmt: skip
+        for row, f in enumerate(fields(Bare)):
+            found[row, start : start + q.block] = getattr(part, f.name)
+    return found
 
 
 @cache
@@ -297,9 +314,19 @@ def _pool(workers: int) -> multiprocessing.pool.Pool | None:
     """Worker processes, or None where they would not help or cannot be forked."""
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():  # noqa: PLR2004 (one worker is this process)
         return None
-    pool = multiprocessing.get_context("fork").Pool(workers)
+    pool = multiprocessing.get_context("fork").Pool(workers, initializer=_keep_memory)
     atexit.register(pool.terminate)
     return pool
+
+
+def _keep_memory() -> None:
+    """Let a worker keep the arrays it frees: block after block allocates the same sizes, and to return them to the
+    system each time costs as much as the arithmetic.  Only where the C library has the knob (glibc's mallopt).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 29)
 
 
 def _cut(thing: Any, start: int, size: int) -> Any:

@@ -59,6 +59,11 @@ def legal(name: str, most: int = 64) -> tuple[Layout, ...]:
     return tuple(found)
 
 
+def eight(name: str) -> Layout:
+    """The model over the 8 GPUs of a node: tensor-parallel, its experts whole where their scale blocks do not split."""
+    return next(x for x in (Layout(tp=8), Layout(tp=8, ep=8)) if allows(model(name), x))
+
+
 def leaves(work: Work) -> list[tuple[float, Leaf]]:
     """Every leaf of a tree without runs, with how often it runs."""
     if isinstance(work, (Op, Message)):
@@ -79,4 +84,4 @@ def relative(found: float, expected: float) -> float:
     return abs(found - expected) / max(abs(expected), 1e-300)
 
 
-__all__ = ["EVERY", "MAIN", "allows", "leaves", "legal", "machine", "model", "relative"]
+__all__ = ["EVERY", "MAIN", "allows", "eight", "leaves", "legal", "machine", "model", "relative"]

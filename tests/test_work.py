@@ -297,6 +297,14 @@ def test_families_of_a_serial_tree_sum_to_its_time(work: Work) -> None:
         assert families.get((kernel, "", "bf16"), 0.0) == pytest.approx(sum(ran))
 
 
+@given(stage_times, st.integers(1, 9), st.booleans())
+def test_rows_and_families_of_a_pipeline_sum_to_its_time(stages: list[float], count: int, steady: bool) -> None:
+    work = Pipeline([Flow(float(count), [Serial([op(t), op(1.0, "attention")]) for t in stages], steady=steady)])
+    told = fold(work, serial_seconds)
+    assert sum(float(np.sum(row.seconds)) for row in fold(work, Rows(seconds))) == pytest.approx(told)
+    assert sum(fold(work, ByKernel(seconds)).values()) == pytest.approx(told)
+
+
 def test_families_of_an_overlap_are_those_of_the_part_that_takes_longest() -> None:
     work = Serial([op(2.0), Overlap([op(3.0, "attention"), op(5.0, "elementwise")])])
     assert fold(work, ByKernel(seconds)) == {("gemm", "", "bf16"): 2.0, ("elementwise", "", "bf16"): 5.0}
