@@ -8,11 +8,13 @@ from __future__ import annotations
 import atexit
 import ctypes
 import math
+import mmap
 import multiprocessing.pool
 import os
 import pickle
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -264,49 +266,87 @@ def sweep(
     cannot fork, one after the other.
     """
     calibration = calibration or Calibration.load(cluster.gpu)
-    cells = max((np.size(v) for v in (*_numbers(layout), *_numbers(phase))), default=1)
+    asked = {"layout": layout, "phase": phase}
+    arrays = [(part, f.name) for part, thing in asked.items() for f in fields(thing) if isinstance(getattr(thing, f.name), np.ndarray)]
+    cells = max((np.size(getattr(asked[part], name)) for part, name in arrays), default=1)
     workers = workers or os.cpu_count() or 1
     pool = _pool(workers) if cells > 2 * block else None
-    shared = pickle.dumps((model, cluster, calibration, engine))
-    share = cells if pool is None else -(-cells // workers)
-    questions = [
-        _Question(shared, _cut(layout, start, share), _cut(phase, start, share), min(share, cells - start), block, with_footprint)
-        for start in range(0, cells, share)
-    ]
-    parts = [_answer(q) for q in questions] if pool is None else pool.map(_answer, questions, chunksize=1)
-    return Bare(*np.concatenate(parts, axis=1))
+    rows = len(arrays) + len(fields(Bare))
+    most = cells if pool is None else len(_ARENA) // (8 * rows)
+    shared = pickle.dumps((model, cluster, calibration, engine, _plain(layout), _plain(phase)))
+    done = []
+    with _LOCK:
+        for first in range(0, cells, most):
+            size = min(most, cells - first)
+            memory = np.empty((rows, size)) if pool is None else _arena(rows, size)
+            for row, (part, name) in enumerate(arrays):
+                memory[row] = getattr(asked[part], name)[first : first + size]
+            share = size if pool is None else -(-size // workers)
+            shares = [
+                _Share(shared, tuple(arrays), size, start, min(start + share, size), block, with_footprint) for start in range(0, size, share)
+            ]
+            if pool is None:
+                _answer(shares[0], memory)
+            else:
+                pool.map(_answer, shares, chunksize=1)
+            done.append(memory[len(arrays) :].copy())
+    return Bare(*np.concatenate(done, axis=1))
 
 
-class _Question(NamedTuple):
-    """A worker's share: what all shares have in common, as bytes it unpacks once, and its own cells."""
+class _Share(NamedTuple):
+    """A worker's cells, `start` to `stop` of `cells` that lie in the arena, and what all cells have in common, as bytes
+    it unpacks once.  `arrays` names the rows of the arena that are questions; the rows after them are the answers.
+    """
 
     shared: bytes
-    layout: Layout
-    phase: Prefill | Decode
+    arrays: tuple[tuple[str, str], ...]
     cells: int
+    start: int
+    stop: int
     block: int
     with_footprint: bool
 
 
 @lru_cache(maxsize=4)
-def _unpacked(shared: bytes) -> tuple[ModelSpec, Cluster, Calibration, Engine | None]:
+def _unpacked(shared: bytes) -> tuple[ModelSpec, Cluster, Calibration, Engine | None, Layout, Prefill | Decode]:
     """Our own bytes, back from `sweep`."""
-    unpacked: tuple[ModelSpec, Cluster, Calibration, Engine | None] = pickle.loads(shared)  # noqa: S301 (written by sweep)
+    unpacked: tuple[ModelSpec, Cluster, Calibration, Engine | None, Layout, Prefill | Decode]
+    unpacked = pickle.loads(shared)  # noqa: S301 (written by sweep, in this process's own pool)
     return unpacked
 
 
-def _answer(q: _Question) -> Array:
-    """The fields of `Bare` as rows, block after block."""
-    model, cluster, calibration, engine = _unpacked(q.shared)
-    found = np.empty((len(fields(Bare)), q.cells))
-    for start in range(0, q.cells, q.block):
-        part = bare(
-            model, cluster, _cut(q.layout, start, q.block), _cut(q.phase, start, q.block), calibration=calibration, engine=engine,
-            with_footprint=q.with_footprint,
+def _answer(share: _Share, memory: Array | None = None) -> None:
+    """Write the fields of `Bare` as rows behind the questions, block after block."""
+    model, cluster, calibration, engine, layout, phase = _unpacked(share.shared)
+    fields_of = [f.name for f in fields(Bare)]
+    memory = _arena(len(share.arrays) + len(fields_of), share.cells) if memory is None else memory
+    for start in range(share.start, share.stop, share.block):
+        cut = slice(start, min(start + share.block, share.stop))
+        given: dict[str, dict[str, Array]] = {"layout": {}, "phase": {}}
+        for row, (part, name) in enumerate(share.arrays):
+            given[part][name] = memory[row, cut]
+        part_of = bare(
+            model, cluster, replace(layout, **given["layout"]), replace(phase, **given["phase"]),  # type: ignore[arg-type]
+            calibration=calibration, engine=engine, with_footprint=share.with_footprint,
         )  # fmt: skip
-        for row, f in enumerate(fields(Bare)):
-            found[row, start : start + q.block] = getattr(part, f.name)
-    return found
+        for row, name in enumerate(fields_of, start=len(share.arrays)):
+            memory[row, cut] = getattr(part_of, name)
+
+
+#: Memory shared with the workers, made before they are forked: questions and answers need not be copied through pipes.
+_ARENA = mmap.mmap(-1, 1 << 25)
+_LOCK = threading.Lock()
+
+
+def _arena(rows: int, cells: int) -> Array:
+    """The first rows x cells numbers of the shared memory."""
+    return np.frombuffer(_ARENA, dtype=np.float64, count=rows * cells).reshape(rows, cells)
+
+
+def _plain(thing: Any) -> Any:
+    """The same question with its arrays left out."""
+    arrays = [f.name for f in fields(thing) if f.init and isinstance(getattr(thing, f.name), np.ndarray)]
+    return replace(thing, **dict.fromkeys(arrays, 1.0))
 
 
 @cache
@@ -327,13 +367,6 @@ def _keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         mallopt(_M_TRIM_THRESHOLD, 1 << 29)
-
-
-def _cut(thing: Any, start: int, size: int) -> Any:
-    """A block of the same question."""
-    assert is_dataclass(thing)
-    arrays = {f.name: v[start : start + size] for f in fields(thing) if isinstance(v := getattr(thing, f.name), np.ndarray)}
-    return replace(thing, **arrays)  # type: ignore[type-var]
 
 
 def _numbers(thing: Any) -> list[Any]:
