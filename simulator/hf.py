@@ -201,7 +201,7 @@ def read_config(config: Config, name: str) -> ModelSpec:
     return ModelSpec(
         name=name, hidden_size=width, vocab_size=vocabulary, blocks=tuple(runs),
         embedding=Embedding(vocabulary, width, formats.plain), head=Head(vocabulary, width, tied, formats.plain),
-        cache=formats.cache, reach=_reach(keys), model_type=str(config.get("model_type", "")),
+        cache=formats.cache, checkpoint_cache=formats.cache, reach=_reach(keys), model_type=str(config.get("model_type", "")),
         quantization=formats.method, warnings=tuple(warnings),
     )  # fmt: skip
 

@@ -70,12 +70,12 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     FORMULAS 3.3's rho smoothed.  Source: FORMULAS 1.2, 3.3.
     """
     s = op.shape
-    tokens = maximum(s["tokens"], 1e-9)
+    tokens, sequences, live = maximum(s["tokens"], 1e-9), maximum(s["sequences"], 1e-9), maximum(s["live"], 1e-9)
     rows = 128.0 if s["v_head_dim"] <= 128 else 64.0  # noqa: PLR2004 (tile height halves beyond 128 wide heads)
     blocks = ceil(tokens * (1 / rows))
     padded = blocks * (rows / tokens)
     edge = s["masked"] * (0.5 * (rows - 1))
-    queries = s["sequences"] * s["heads"] * tokens
+    queries = sequences * s["heads"] * tokens
     executed = (s["scores"] + queries * edge) * padded
     flops_per_score = 2.0 * (s["head_dim"] + s["v_head_dim"])
     if op.kernel == "attention_backward":
@@ -83,9 +83,9 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     tiles = blocks * (s["heads"] * s["sequences"])
     waves = maximum(blocks * s["heads"] / (s["kv_heads"] * gpu.units), 1.0) - 1.0
     moved = s["live"] * s["row_bytes"]
-    excess = moved * (1.0 / (s["sequences"] * s["kv_heads"] * (0.5 * gpu.l2_bytes)))
+    excess = moved * (1.0 / (sequences * s["kv_heads"] * (0.5 * gpu.l2_bytes)))
     squared = excess * excess
-    swept = waves * (1 - (0.5 * tokens * s["sequences"]) / s["live"])
+    swept = waves * (1 - (0.5 * tokens * sequences) / live)
     again = moved * swept * (squared / (1 + squared))
     return Launched(executed * flops_per_score, executed, op.hbm_bytes + again, tiles, gpu.units, s["scores"] / queries)
 

@@ -31,7 +31,8 @@ class Reach:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """`blocks` is the stack from the bottom as (count, layers): runs of equal blocks.
+    """`blocks` is the stack from the bottom as (count, layers): runs of equal blocks.  `cache` is how the cache is stored,
+    `checkpoint_cache` how its config asks for it.
 
     `warnings` name what a config said that is not modelled, with its bounded effect.
     """
@@ -43,6 +44,7 @@ class ModelSpec:
     embedding: Embedding
     head: Head
     cache: CacheFormat = C_BF16
+    checkpoint_cache: CacheFormat = C_BF16
     reach: Reach = Reach()
     model_type: str = ""
     quantization: str = "none"

@@ -141,7 +141,7 @@ class System:
         prompts = ceil(phase.batch / replicas)
         whole = floor(new / chunk)
         last = new - whole * chunk
-        counts, segments = self._runs(phase, chunk, whole + 0.0 * self.layout.gpus * self.layout.ep * self.layout.dcp, replicas)
+        counts, segments = self._runs(phase, chunk, whole + 0.0 * (phase.batch + new + self.layout.gpus * self.layout.ep * self.layout.dcp), replicas)
         ragged = Segment(replicas, maximum(last, 1.0), phase.prefix + whole * chunk - where(last > 0, 0.0, 1.0))
         flows = [Flow(counts * prompts, self.step((segments,), host=host), runs=True)]
         if np.any(np.asarray(last) > 0):

@@ -118,9 +118,9 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def refusals(model: ModelSpec, layout: Layout, engine: Vllm) -> list[str]:
+def refusals(model: ModelSpec, layout: Layout, engine: Vllm, gpus_per_node: int = 8) -> list[str]:
     """Why a layout is out: the schemes' rules, then the engine's."""
-    return [*layout.refusals(model), *engine.refusals(model, layout)]
+    return [*layout.refusals(model), *engine.refusals(model, layout, gpus_per_node)]
 
 
 def stack(chosen: list[Layout]) -> Layout:
@@ -208,7 +208,7 @@ def _allowed(model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, 
         chosen = [_completed(machine, fixed)]
     reasons: list[str] = []
     for layout in chosen:
-        found = refusals(model, layout, engine)
+        found = refusals(model, layout, engine, machine.gpus_per_node)
         if not found:
             allowed.append(layout)
             continue
@@ -264,7 +264,7 @@ def smallest(model: ModelSpec, machine: Cluster, request: Request, engine: Vllm)
         tried = cluster(machine.gpu, count)
         if weights > count * float(machine.gpu.usable_bytes):
             continue
-        allowed = [layout for layout in layouts(model, count) if not refusals(model, layout, engine)]
+        allowed = [layout for layout in layouts(model, count) if not refusals(model, layout, engine, machine.gpus_per_node)]
         if any(c.fits for c in hold(model, allowed, tried, request, engine)):
             return count
     return None

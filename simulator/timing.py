@@ -76,12 +76,12 @@ class Clock:
         parts = [moved * (1 / (gpu.hbm_bytes_per_s * constants.memory))]
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
             filled = maximum(fills(launched, constants.wave), 1e-9)
-            deep = 1 + constants.depth_half / launched.depth
+            deep = 1 + constants.depth_half / maximum(launched.depth, 1e-9)
             slow = 1 / (filled * (self.peak(op.math) * constants.tensor))
             parts.append(launched.tensor_flops * (deep * slow))
             if type(launched.exponentials) is not float or launched.exponentials:
                 parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))
-        return smooth_max(parts, constants.power) + fixed(constants.launch_s, moved)
+        return where_any(op.hbm_bytes, smooth_max(parts, constants.power) + constants.launch_s)
 
 
 _clocks: dict[tuple[int, int], Clock] = {}
@@ -98,11 +98,11 @@ def clock_of(cluster: Cluster, calibration: Calibration) -> Clock:
     return found
 
 
-def fixed(launch_s: Seconds, work: Num) -> Seconds:
-    """The op's own fixed time where there is work, else nothing."""
+def where_any(work: Num, seconds: Seconds) -> Seconds:
+    """`seconds` where there is work, else nothing."""
     if isinstance(work, np.ndarray):
-        return launch_s if np.min(work) > 0 else launch_s * np.sign(work)
-    return launch_s if work > 0 else 0.0
+        return seconds if np.min(work) > 0 else np.where(work > 0, seconds, 0.0)
+    return seconds if work > 0 else 0.0
 
 
 def least_wire(op: Message) -> Num:

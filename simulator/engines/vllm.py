@@ -295,9 +295,15 @@ class Vllm:
 
     # ---- launching
 
-    def refusals(self, model: ModelSpec, layout: Layout) -> Iterator[str]:
+    def refusals(self, model: ModelSpec, layout: Layout, gpus_per_node: int = 8) -> Iterator[str]:
         """What vLLM refuses beyond the schemes' own rules."""
-        tp, dcp = int(layout.tp), int(layout.dcp)
+        tp, dcp, shares = int(layout.tp), int(layout.dcp), int(layout.dp_attention)
+        rank = tp * int(layout.pp)
+        if shares > 1 and shares * rank > gpus_per_node and (gpus_per_node % rank or shares * rank % gpus_per_node):
+            yield (
+                f"--dp-attention {shares}: vLLM deals whole data-parallel ranks of tp x pp = {rank} GPUs out evenly to nodes of "
+                f"{gpus_per_node}; make them fill every node"
+            )
         if model.model_type == "gpt_oss" and tp > 8:  # noqa: PLR2004
             yield f"--tp {tp}: vLLM splits gpt-oss's 8 key-value heads at most 8 ways"
         for layer in model.layers:
@@ -353,8 +359,10 @@ class Vllm:
         override = self.reach_override(model, context)
         if override:
             flags.append(("hf-overrides", override))
-        if model.cache.name not in ("bf16", "fp16"):
-            flags.append(("kv-cache-dtype", {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}.get(model.cache.name, model.cache.name)))
+        if model.cache != model.checkpoint_cache or model.cache.bits < BF16.bits:
+            flags.append(("kv-cache-dtype", _CACHE_DTYPES[model.cache.name]))
+        if model.cache.name == "int8":
+            notes.append("vLLM's int8 cache keeps a scale per token and head beside the row: a few per cent more than counted here")
         if self.block_size:
             flags.append(("block-size", self.block_size))
         flags += [("gpu-memory-utilization", self.fraction), ("max-num-batched-tokens", self.step_tokens(cluster.gpu))]
@@ -372,6 +380,10 @@ class Vllm:
             notes.append(f"--max-num-seqs must be raised for {concurrency} concurrent requests")
         words = [f"--{name}" if value is None else f"--{name} {value if str(value).startswith('$') else shlex.quote(str(value))}" for name, value in flags]
         return " ".join(["vllm serve", shlex.quote(served), *words]), notes
+
+
+#: vLLM's names of cache formats (config/cache.py).
+_CACHE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8", "int8": "int8_per_token_head", "fp8_ds_mla": "fp8_ds_mla"}
 
 
 def _is_dense(model: ModelSpec) -> bool:

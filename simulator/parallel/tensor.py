@@ -6,6 +6,7 @@ when t exceeds their number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from simulator.dtypes import BF16, CacheFormat
@@ -14,8 +15,11 @@ from simulator.layers import Attention, GatedMLP, Head, LatentAttention, MoE
 from simulator.layers.layer import Layer, Slice
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
-from simulator.units import maximum, minimum, where
+from simulator.units import maximum, where
 from simulator.work import Serial, Work
+
+#: Elements of the longest scale block along one axis; larger ones are squares.
+_ROW_BLOCK = 128
 
 
 class Tensor(Scheme):
@@ -78,9 +82,10 @@ class Tensor(Scheme):
                 if width % t and not split_experts:
                     yield f"--tp {t}: width {width} of {model.name}'s feed-forward does not divide by {t}"
                     return
+                # square scale blocks cannot be cut; formats scaled along one axis are padded by the engines
                 block = layer.expert_weight.block if isinstance(layer, MoE) else layer.weight.block
-                side = int(minimum(block, 128))
-                if block > 1 and not split_experts and (width // t) % side:
+                side = math.isqrt(int(block))
+                if block > _ROW_BLOCK and not split_experts and (width // t) % side:
                     yield (
                         f"--tp {t}: {width} / {t} = {width // t} splits the {side}-wide scale blocks of {model.name}; "
                         f"use a smaller degree, or --ep to split experts instead"
