@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from simulator import __version__
 from simulator.units import parse_tokens
 
 EXIT_DOES_NOT_FIT = 3
@@ -24,6 +26,17 @@ class Tokens(click.ParamType[int]):
             return parse_tokens(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Share(click.FloatRange):
+    """A number in a range; "nan" is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As `FloatRange`, but what cannot be compared is outside."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self.min}<=x<={self.max}.", param, ctx)
+        return number
 
 
 TOKENS = Tokens()
@@ -59,7 +72,7 @@ format_options = _options(
 )
 engine_options = _options(
     click.option("--block-size", type=click.IntRange(1, 4096), default=None, help="Tokens per cache block (default: the engine's)."),
-    click.option("--memory-fraction", type=click.FloatRange(0.05, 1.0), default=None, help="gpu_memory_utilization (default 0.92)."),
+    click.option("--memory-fraction", type=Share(0.05, 1.0), default=None, help="gpu_memory_utilization (default 0.92)."),
     click.option("--chunk", type=TOKENS, default=None, help="max_num_batched_tokens (default: the engine's for the GPU)."),
 )
 output_options = _options(
@@ -68,7 +81,7 @@ output_options = _options(
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="longctx", prog_name="longctx")
+@click.version_option(__version__, prog_name="longctx")
 def main() -> None:
     """What a long context costs, before a GPU is rented."""
 
@@ -81,6 +94,9 @@ def run() -> None:
         code = leave.exit_code
     except click.Abort:
         code = 130
+    except click.exceptions.NoArgsIsHelpError as shown:
+        click.echo(shown.format_message())
+        code = 0
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "longctx"
@@ -125,11 +141,11 @@ def _machine(gpu: str, gpus: int | None, degrees: dict[str, int]) -> Any:
 @click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of a request in all: prompt and output.")
 @click.option("--concurrency", type=POSITIVE, default=1, show_default=True, help="Requests at the same time.")
 @click.option("--output", type=TOKENS, default=None, help="Output tokens of a request (default: 1,024, or an eighth of the context).")
-@click.option("--prefix-hit", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Share of the prompt found in the prefix cache.")
+@click.option("--prefix-hit", type=Share(0, 1), default=0.9, show_default=True, help="Share of the prompt found in the prefix cache.")
 @layout_options
 @format_options
 @engine_options
-@click.option("--price", type=click.FloatRange(0, 10_000), default=None, help="US dollars per GPU-hour (default: data/prices.toml).")
+@click.option("--price", type=Share(0, 10_000), default=None, help="US dollars per GPU-hour (default: data/prices.toml).")
 @click.option("--exit-zero", is_flag=True, help="Exit 0 even if it does not fit.")
 @output_options
 def size(

@@ -60,6 +60,8 @@ def load_model(source: str | Path | Config) -> ModelSpec:
 
 def _path(text: str) -> Path | None:
     """The path meant by `text`, if there is one."""
+    if not text.strip():
+        return None
     try:
         path = Path(text).expanduser()
         return path if path.exists() else None

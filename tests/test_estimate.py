@@ -118,8 +118,8 @@ def questions(name: str) -> list[Estimate]:
     found = []
     for layout in legal(name, 16)[::6]:
         part = machine("h200", int(layout.gpus))
-        for phase in (Prefill(20_000.0), Prefill(20_000.0, chunk=4096.0), Prefill(20_000.0, prefix=16_000.0, chunk=2000.0), Decode(30_000.0, 12.0)):
-            found.append(estimate(model(name), part, layout, phase))
+        phases = (Prefill(20_000.0), Prefill(20_000.0, chunk=4096.0), Prefill(20_000.0, prefix=16_000.0, chunk=2000.0), Decode(30_000.0, 12.0))
+        found += [estimate(model(name), part, layout, phase) for phase in phases]
     return found
 
 
