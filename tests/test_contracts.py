@@ -40,7 +40,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-# ---- imports
+# ---- arrows
 
 
 def test_arrows_point_one_way() -> None:
