@@ -71,6 +71,7 @@ class System:
     def __init__(self, model: ModelSpec, layout: Layout, cache: CacheFormat | None = None) -> None:
         self.model, self.layout, self.cache = model, layout.place(model), cache or model.cache
         self.stages: list[Stage] = self.layout.pipeline.stages(model)
+        self.times = [stage.times for stage in self.stages]
 
     def _layer(self, layer: Layer, segments: tuple[Segment, ...], direction: Direction) -> Work:
         """One layer's work on one rank."""
@@ -111,7 +112,7 @@ class System:
     def work(self, phase: Phase, *, host: Host | None = None) -> Work:
         """The tree of a phase."""
         if isinstance(phase, Mixed):
-            return Pipeline([Flow(1.0, self.step(phase.segments, host=host))])
+            return Pipeline([Flow(1.0, self.step(phase.segments, host=host), times=self.times)])
         if isinstance(phase, Decode):
             return self._decode(phase, host)
         return self._prefill(phase, host)
@@ -127,14 +128,14 @@ class System:
         share = ceil(local / groups) * replicas
         segments = (Segment(share, phase.new_tokens, prefix, split_kv=True),)
         works = self.step(segments, host=host)
-        return works[0] if len(works) == 1 else Pipeline([Flow(groups, works, steady=True)])
+        return works[0] if len(works) == 1 else Pipeline([Flow(groups, works, steady=True, times=self.times)])
 
     def _prefill(self, phase: Prefill, host: Host | None) -> Work:
         """First chunk and R runs at their mean prefix, then the ragged last chunk."""
         new = phase.context - phase.prefix
         chunk = new if phase.chunk is None else minimum(phase.chunk, new)
         if phase.chunk is None:
-            flows = [Flow(1.0, self.step((Segment(phase.batch, new, phase.prefix),), host=host))]
+            flows = [Flow(1.0, self.step((Segment(phase.batch, new, phase.prefix),), host=host), times=self.times)]
             return flows[0].stages[0] if len(flows[0].stages) == 1 else Pipeline(flows)
         # a sequence at a time: chunks of different prompts follow each other
         replicas = self.layout.dp * self.layout.dp_attention
@@ -143,9 +144,9 @@ class System:
         last = new - whole * chunk
         counts, segments = self._runs(phase, chunk, whole + 0.0 * (phase.batch + new + self.layout.gpus * self.layout.ep * self.layout.dcp), replicas)
         ragged = Segment(replicas, maximum(last, 1.0), phase.prefix + whole * chunk - where(last > 0, 0.0, 1.0))
-        flows = [Flow(counts * prompts, self.step((segments,), host=host), runs=True)]
+        flows = [Flow(counts * prompts, self.step((segments,), host=host), runs=True, times=self.times)]
         if np.any(np.asarray(last) > 0):
-            flows.append(Flow(where(last > 0, prompts, 0.0 * prompts), self.step((ragged,), host=host)))
+            flows.append(Flow(where(last > 0, prompts, 0.0 * prompts), self.step((ragged,), host=host), times=self.times))
         if len(self.stages) == 1:
             return Serial([Repeat(f.count, f.stages[0], runs=f.runs) for f in flows])
         return Pipeline(flows)

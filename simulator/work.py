@@ -169,12 +169,14 @@ class Flow:
     """`count` equal microbatches through the stages of a pipeline (`runs` as in `Repeat`).
 
     `steady`: the same microbatches go round without end (decoding): one round, not a filled and drained pipeline.
+    `times`: how many equal stages each stands for (None: one each).
     """
 
     count: Num
     stages: Sequence[Work]
     runs: bool = False
     steady: bool = False
+    times: Sequence[Num] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -306,6 +308,11 @@ def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
     return total
 
 
+def _scaled(count: Num, value: Num) -> Num:
+    """Count x value, leaving alone what is counted once."""
+    return value if isinstance(count, float) and count == 1.0 else count * value
+
+
 def _largest(values: Sequence[Num]) -> Num:
     result = values[0]
     for value in values[1:]:
@@ -370,12 +377,13 @@ class SecondsSerial(Quantity):
         drain: Num = 0.0
         for flow, stages in zip(flows, values, strict=True):
             slowest = _largest(stages)
+            every = _sum(stages if flow.times is None else [_scaled(n, t) for n, t in zip(flow.times, stages, strict=True)])
             if flow.steady:
-                total.append(maximum(_sum(stages), flow.count * slowest))
+                total.append(maximum(every, flow.count * slowest))
                 continue
             total.append(self.repeat(flow.count, slowest, runs=flow.runs))
             if len(stages) > 1:
-                rest = where(flow.count > 0, _sum(stages) - slowest, 0.0)
+                rest = where(flow.count > 0, every - slowest, 0.0)
                 drain = maximum(drain, np.max(rest, axis=0) if flow.runs and np.ndim(rest) == np.ndim(flow.count) else rest)
         total.append(drain)
         return _sum(total)

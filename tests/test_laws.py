@@ -201,6 +201,27 @@ def test_runs_are_the_sum_over_their_chunks(name: str, phase: Prefill) -> None:
 
 
 @main_models
+@pytest.mark.parametrize("gpu", ["h200", "b200", "a100"])
+def test_runs_are_the_sum_over_their_chunks_wherever_they_are_cut(name: str, gpu: str) -> None:
+    """The same for contexts, prefixes and chunks at random: not only for round ones."""
+    random = np.random.default_rng([7, *name.encode(), *gpu.encode()])
+    layouts = [x for x in legal(name) if x.pp == x.dp == x.dp_attention == 1]
+    for _ in range(6):
+        context = float(np.round(2 ** random.uniform(9, 20)))
+        chunk = float(np.round(max(context / random.integers(1, 150), 64 * random.integers(1, 9))))
+        phase = Prefill(context, prefix=float(np.round(context * random.choice([0, 0, random.random()]))) // 1, chunk=chunk)
+        layout, ticking = layouts[random.integers(len(layouts))], clock(gpu, 64)
+        system = System(model(name), layout)
+        together, parts = system.work(phase), [system.work(part) for part in chunks_of(phase)]
+        for what in ("tensor_flops", "exponentials", "model_flops"):
+            assert relative(amount(together, what), sum(amount(p, what) for p in parts)) < 1e-12, (what, phase)
+        for seconds in (ticking.bound, ticking.expected):
+            algebra = SecondsOverlapped(seconds, ticking.demand)
+            exact = sum(float(fold(p, algebra)) for p in parts)
+            assert relative(float(fold(together, algebra)), exact) < 0.002, (seconds.__name__, layout, phase)
+
+
+@main_models
 def test_a_pipeline_of_chunks_is_within_a_drain_of_its_simulation(name: str) -> None:
     """Chunk by chunk through the stages, each stage one chunk at a time."""
     for pp in (2, 4):
@@ -414,6 +435,28 @@ def test_a_long_sweep_in_blocks_is_the_sweep_at_once() -> None:
     for f in fields(Bare):
         assert np.array_equal(getattr(once, f.name), getattr(blocks, f.name))
         assert getattr(once, f.name).shape == (cells,)
+
+
+@pytest.mark.parametrize(("cells", "block", "workers"), [(1000, 64, 2), (1001, 100, 3), (130, 64, 2), (400_000, 8192, 2)])
+def test_a_sweep_over_workers_is_the_sweep_of_one(cells: int, block: int, workers: int) -> None:
+    """Also where the questions do not fit into what the workers share at once."""
+    spec, part = model("meta-llama/Meta-Llama-3.1-8B"), machine("h200", 8)
+    random = np.random.default_rng(cells)
+    layout = Layout(tp=random.choice([1.0, 2.0, 4.0, 8.0], cells))
+    phase = Decode(random.integers(1000, 10**6, cells) * 1.0, 8.0)
+    few = np.unique(np.linspace(0, cells - 1, 40).astype(int))
+    many = sweep(spec, part, layout, phase, workers=workers, block=block)
+    for f in fields(Bare):
+        assert getattr(many, f.name).shape == (cells,)
+    picked = sweep(spec, part, Layout(tp=np.asarray(layout.tp)[few]), Decode(np.asarray(phase.context)[few], 8.0), workers=1)
+    for f in fields(Bare):
+        assert np.array_equal(getattr(many, f.name)[few], getattr(picked, f.name)), f.name
+
+
+def test_a_sweep_of_one_question_is_one_row() -> None:
+    found = sweep(model("meta-llama/Meta-Llama-3.1-8B"), machine("h200"), Layout(), Decode(1000.0))
+    assert found.seconds.shape == (1,)  # type: ignore[union-attr]
+    assert found.seconds[0] == estimate(model("meta-llama/Meta-Llama-3.1-8B"), machine("h200"), Layout(), Decode(1000.0)).seconds.value  # type: ignore[index]
 
 
 @main_models

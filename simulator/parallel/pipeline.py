@@ -20,13 +20,16 @@ from simulator.work import Work
 
 
 class Stage(NamedTuple):
-    """One stage: how many blocks of each kind, and whether it is the first, the last, or there at all (0 or 1)."""
+    """One stage: how many blocks of each kind, whether it is the first, the last, or there at all (0 or 1), and how many
+    equal stages it stands for.
+    """
 
     number: int
     counts: tuple[Num, ...]
     first: Num
     last: Num
     present: Num
+    times: Num = 1.0
 
 
 class Pipeline(Scheme):
@@ -41,18 +44,19 @@ class Pipeline(Scheme):
             return _split(model, int(p), int(p))
         degrees, row = np.unique(p, return_inverse=True)
         most = int(degrees.max())
-        tables = [_split(model, int(degree), most) for degree in degrees]
+        uniform = len(model.kinds) == 1 and most > _CLASSES
+        tables = [_classes(len(model.order), int(p)) if uniform else _split(model, int(p), most) for p in degrees]
 
         def column(values: list[Num]) -> Num:
             plain = [float(value) for value in values]
             return plain[0] if len(set(plain)) == 1 else np.array(plain)[row]
 
         found = []
-        for s in range(most):
+        for s in range(len(tables[0])):
             same = [table[s] for table in tables]
             counts = tuple(column([stage.counts[k] for stage in same]) for k in range(len(model.kinds)))
-            first, last, present = ([getattr(stage, name) for stage in same] for name in ("first", "last", "present"))
-            found.append(Stage(s, counts, column(first), column(last), column(present)))
+            rest = (column([getattr(stage, name) for stage in same]) for name in ("first", "last", "present", "times"))
+            found.append(Stage(s, counts, *rest))
         return found
 
     def hand_over(self, tokens: Tokens) -> Work | None:
@@ -69,6 +73,21 @@ class Pipeline(Scheme):
             yield f"--pp {int(self.degree)}: {model.name} has {total} layers; use at most {total} stages"
 
 
+#: Kinds of stages of a uniform stack: the first, the fuller and the emptier between, the last.
+_CLASSES = 4
+
+
+def _classes(total: int, p: int) -> list[Stage]:
+    """The stages of `p` of a stack of equal blocks, as the four kinds there can be and how often each occurs."""
+    base, extra = divmod(total, p)
+    between, fuller = max(p - 2, 0), min(extra, max(p - 2, 0))
+    kinds = [(base + (1 if 0 < p - 1 <= extra else 0), 1), (base + 1, fuller), (base, between - fuller), (base, 1 if p > 1 else 0)]
+    return [
+        Stage(s, (float(count) if times else 0.0,), float(s == 0), float(s == _CLASSES - 1 or p == 1) * (times > 0), float(times > 0), float(times))
+        for s, (count, times) in enumerate(kinds)
+    ]
+
+
 def _split(model: ModelSpec, p: int, most: int) -> list[Stage]:
     """The stages of `p`, filled up with empty ones to `most`."""
     total, cumulative = len(model.order), model.cumulative
@@ -77,6 +96,6 @@ def _split(model: ModelSpec, p: int, most: int) -> list[Stage]:
     for s in range(most):
         end = start if s >= p else start + base + (1 if p - 1 - extra <= s < p - 1 else 0)
         counts = tuple(float(c[end] - c[start]) for c in cumulative)
-        found.append(Stage(s, counts, float(s == 0), float(s == p - 1), float(s < p)))
+        found.append(Stage(s, counts, float(s == 0), float(s == p - 1), float(s < p), float(s < p)))
         start = end
     return found
