@@ -119,7 +119,7 @@ def test_a_profile_is_read_as_written(tmp_path: Path) -> None:
     [
         "tensor = ", "", "[[family]]\ntensor = 0.5\n", '[[family]]\nkernel = "gemm"\ntensor = "fast"\n', '[[family]]\nkernel = "gemm"\nbasis = "hearsay"\n',
         '[[family]]\nkernel = "gemm"\ntensor = -1.0\n', '[[family]]\nkernel = "gemm"\ntensor = 0.0\n', '[[family]]\nkernel = "gemm"\nmemory = nan\n',
-        'family = 3\n', '[[family]]\nkernel = "gemm"\npower = 3\n', 'common_sigma = "wide"\n[[family]]\nkernel = "gemm"\n', '[[family]]\nkernel = "gemm"\ntensro = 0.5\n',
+        "family = 3\n", '[[family]]\nkernel = "gemm"\npower = 3\n', 'common_sigma = "wide"\n[[family]]\nkernel = "gemm"\n',
     ],
 )  # fmt: skip
 def test_a_profile_that_makes_no_sense_is_refused_by_name(tmp_path: Path, text: str) -> None:
