@@ -7,6 +7,7 @@ documented priors, and says so.
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from dataclasses import dataclass, field, fields, replace
@@ -104,14 +105,44 @@ def _load(gpu: Gpu) -> Calibration:
 
 def read_profile(file: Path, gpu: str, whose: str = "given") -> Calibration:
     """Read a profile file."""
-    data = tomllib.loads(file.read_text(encoding="utf-8"))
-    families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row) for row in data["family"]}
-    return Calibration(gpu, families, float(data.get("common_sigma", 0.0)), f"{data.get('description', gpu)} ({whose} profile)")
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        message = f"{file}: not TOML ({error}); calibrate again"
+        raise ValueError(message) from error
+    rows, common = data.get("family"), data.get("common_sigma", 0.0)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("kernel"), str) for row in rows):
+        message = f"{file}: has no [[family]] tables with a kernel each; calibrate again"
+        raise ValueError(message)
+    if not _is_number(common, least=0.0):
+        message = f"{file}: common_sigma = {common!r} is not a number from 0; calibrate again"
+        raise ValueError(message)
+    families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row, file) for row in rows}
+    return Calibration(gpu, families, float(common), f"{data.get('description', gpu)} ({whose} profile)")
 
 
-def _constants(row: dict[str, object]) -> Constants:
+BASES = ("measured", "calibrated", "analytic", "assumed")
+_POWERS = (0, 1, 2, 4, 8, 16)
+
+
+def _constants(row: dict[str, object], file: Path) -> Constants:
+    """One family, every constant checked: shares above 0, the rest from 0, a power of two, a known basis."""
+    for name, value in row.items():
+        if name in ("tensor", "special", "memory"):
+            sound = _is_number(value, least=0.0) and value != 0
+        elif name in ("depth_half", "wave", "launch_s", "sigma", "rows"):
+            sound = _is_number(value, least=0.0)
+        else:
+            sound = {"power": value in _POWERS, "basis": value in BASES}.get(name, True)
+        if not sound:
+            message = f"{file}: {row['kernel']} has {name} = {value!r}, which makes no sense; calibrate again"
+            raise ValueError(message)
     known = {f.name for f in fields(Constants)}
     return Constants(**{k: v for k, v in row.items() if k in known})  # type: ignore[arg-type]
+
+
+def _is_number(value: object, *, least: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
 
 
 def _assumed(gpu: Gpu) -> Calibration:
@@ -122,8 +153,8 @@ def _assumed(gpu: Gpu) -> Calibration:
         kernel, impl, _ = family
         if kernel != "gemm":
             continue
-        for math, attained in gpu.attained.items():
-            share = attained / gpu.peak_flops_per_s(math)
-            note = f"published matmul ceiling, {gpu.sources.get(f'attained.{math}', 'see data/hardware')}"
-            families[kernel, impl, math] = replace(constants, tensor=share, source=note)
+        for dtype, attained in gpu.attained.items():
+            share = attained / gpu.peak_flops_per_s(dtype)
+            note = f"published matmul ceiling, {gpu.sources.get(f"attained.{dtype}", 'see data/hardware')}"
+            families[kernel, impl, dtype] = replace(constants, tensor=share, source=note)
     return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")

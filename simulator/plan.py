@@ -205,6 +205,8 @@ def _allowed(model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, 
         if all(getattr(layout, name) == degree for name, degree in fixed.items())
     ]  # fmt: skip
     if not chosen:
+        for refusal in refusals(model, Layout(**fixed), engine, machine.gpus_per_node):
+            raise ValueError(refusal)
         chosen = [_completed(machine, fixed)]
     reasons: list[str] = []
     for layout in chosen:
