@@ -155,6 +155,6 @@ def _assumed(gpu: Gpu) -> Calibration:
             continue
         for dtype, attained in gpu.attained.items():
             share = attained / gpu.peak_flops_per_s(dtype)
-            note = f"published matmul ceiling, {gpu.sources.get(f"attained.{dtype}", 'see data/hardware')}"
+            note = f"published matmul ceiling, {gpu.sources.get(f'attained.{dtype}', 'see data/hardware')}"
             families[kernel, impl, dtype] = replace(constants, tensor=share, source=note)
     return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")
