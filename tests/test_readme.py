@@ -14,7 +14,7 @@ MAKEFILE = (data_path().parent / "Makefile").read_text(encoding="utf-8")
 
 def test_the_example_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102 (our own example)
+    exec(compile(example, "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert "327,680 B per token, 40 GiB at 128K" in out
     assert re.search(r"prefill [\d.]+ s, at least [\d.]+ s; decode [\d.]+ ms", out)
