@@ -25,7 +25,7 @@ from simulator.dtypes import CacheFormat
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
-from simulator.parallel import Layout
+from simulator.parallel import DEGREES, Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
 from simulator.timing import Clock, bounded, calibrated, clock_of
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum
@@ -239,7 +239,7 @@ def bare(
     """Bound, expected time and footprint without rows or interval, for numbers or arrays."""
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
-    single = not any(isinstance(v, np.ndarray) for v in _numbers(layout))
+    single = not any(isinstance(getattr(layout, name), np.ndarray) for name in DEGREES)
     clock = clock_of(cluster, calibration) if single else Clock(cluster, calibration)
     if not with_footprint:
         lower, seconds = fold(work, Together(bounded(clock), calibrated(clock)))
@@ -250,7 +250,7 @@ def bare(
 
 
 #: Cells evaluated together: enough to hide the cost of a call, few enough that a layer's arrays stay near the core.
-BLOCK = 8192
+BLOCK = 16384
 #: Names of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -289,8 +289,10 @@ def sweep(
                 _answer(shares[0], memory)
             else:
                 pool.map(_answer, shares, chunksize=1)
-            done.append(memory[len(arrays) :].copy())
-    return Bare(*np.concatenate(done, axis=1))
+            answers = memory[len(arrays) :]
+            done.append(answers.copy() if cells > most else answers)
+        joined = np.concatenate(done, axis=1)
+    return Bare(*joined)
 
 
 class _Share(NamedTuple):
@@ -367,10 +369,6 @@ def _keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         mallopt(_M_TRIM_THRESHOLD, 1 << 29)
-
-
-def _numbers(thing: Any) -> list[Any]:
-    return [v for f in fields(thing) if isinstance(v := getattr(thing, f.name), (int, float, np.ndarray))]
 
 
 __all__ = ["Bare", "Count", "Engine", "Estimate", "Interval", "bare", "binding_resource", "check", "estimate", "interval", "sweep"]

@@ -44,7 +44,7 @@ def drawn(name: str, rows: int, *, prefill: bool) -> tuple[Layout, Any]:
     """A question of `rows` rows, each with its own layout and phase."""
     random = np.random.default_rng(20261123)
     spec = load_model(name)
-    allowed = [x for gpus in (1, 2, 4, GPUS) for x in layouts(spec, gpus) if not list(x.refusals(spec)) and x.dp_attention == x.dcp == 1]
+    allowed = [x for gpus in (1, 2, 4, GPUS) for x in layouts(spec, gpus) if not list(x.refusals(spec)) and x.dp == x.dp_attention == x.dcp == 1]
     picked = random.integers(len(allowed), size=rows)
     degrees = {d: np.array([float(getattr(x, d)) for x in allowed])[picked] for d in DEGREES}
     context = np.round(2 ** random.uniform(10, 20, rows))
