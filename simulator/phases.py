@@ -143,12 +143,12 @@ class System:
         last = new - whole * chunk
         counts, segments = self._runs(phase, chunk, whole + 0.0 * (phase.batch + new + self.layout.gpus * self.layout.ep * self.layout.dcp), replicas)
         ragged = Segment(replicas, maximum(last, 1.0), phase.prefix + whole * chunk - where(last > 0, 0.0, 1.0))
-        flows = [Flow(counts * prompts, self.step((segments,), host=host), runs=True, times=self.times)]
+        flows = [Flow(counts, self.step((segments,), host=host), runs=True, times=self.times)]
         if np.any(np.asarray(last) > 0):
-            flows.append(Flow(where(last > 0, prompts, 0.0 * prompts), self.step((ragged,), host=host), times=self.times))
+            flows.append(Flow(where(last > 0, 1.0, 0.0), self.step((ragged,), host=host), times=self.times))
         if len(self.stages) == 1:
-            return Serial([Repeat(f.count, f.stages[0], runs=f.runs) for f in flows])
-        return Pipeline(flows)
+            return Repeat(prompts, Serial([Repeat(f.count, f.stages[0], runs=f.runs) for f in flows]))
+        return Pipeline(flows, prompts)
 
     @staticmethod
     def _runs(phase: Prefill, chunk: Num, whole: Num, replicas: Num) -> tuple[Num, Segment]:

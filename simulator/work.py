@@ -181,15 +181,14 @@ class Flow:
 
 @dataclass(slots=True, eq=False)
 class Pipeline:
-    """Microbatches through stages, forward only.
+    """Microbatches through stages, forward only: the flows one after the other, `rounds` times (prompts in turn).
 
-    For m equal microbatches and stage times t_s the makespan is sum(t_s) + (m - 1) max(t_s), exact (permutation flow
-    shop).  For a sequence of flows the drain is that of the longest microbatch: exact when stages are equal, else an
-    upper bound by at most the difference in drain of the longest and the shortest microbatch.
-    One round of m microbatches in a steady flow takes max(sum(t_s), m max(t_s)).
+    The time is that of a permutation flow shop (`makespan`).  One round of m microbatches in a steady flow takes
+    max(sum(t_s), m max(t_s)).
     """
 
     flows: Sequence[Flow]
+    rounds: Num = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -223,7 +222,7 @@ class Algebra(Protocol):
     def select(self, mask: Any, a: Any, b: Any) -> Any:
         """Value of the branch taken."""
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[Any]]) -> Any:
+    def pipeline(self, pipe: Pipeline, values: list[list[Any]]) -> Any:
         """Value of a pipeline, `values[flow][stage]`."""
 
 
@@ -248,7 +247,7 @@ def fold(work: Work, algebra: Algebra) -> Any:
             if isinstance(node.mask, (bool, np.bool_)):
                 return value(node.a if node.mask else node.b)
             return algebra.select(node.mask, value(node.a), value(node.b))
-        return algebra.pipeline(node.flows, [[value(stage) for stage in flow.stages] for flow in node.flows])
+        return algebra.pipeline(node, [[value(stage) for stage in flow.stages] for flow in node.flows])
 
     return value(work)
 
@@ -279,10 +278,10 @@ class Together:
         """Each on its own."""
         return tuple([algebra.select(mask, x, y) for algebra, x, y in zip(self.algebras, a, b, strict=True)])
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[Any]]) -> tuple[Any, ...]:
+    def pipeline(self, pipe: Pipeline, values: list[list[Any]]) -> tuple[Any, ...]:
         """Each on its own."""
         return tuple([
-            a.pipeline(flows, [[stage[i] for stage in stages] for stages in values]) for i, a in enumerate(self.algebras)
+            a.pipeline(pipe, [[stage[i] for stage in stages] for stages in values]) for i, a in enumerate(self.algebras)
         ])
 
 
@@ -347,13 +346,13 @@ class Quantity:
         """The branch taken."""
         return where(mask, a, b)
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[Num]]) -> Num:
+    def pipeline(self, pipe: Pipeline, values: list[list[Num]]) -> Num:
         """Of the stage with the most."""
         totals = [
-            _sum([self.repeat(flow.count, stages[s], runs=flow.runs) for flow, stages in zip(flows, values, strict=True)])
+            _sum([self.repeat(flow.count, stages[s], runs=flow.runs) for flow, stages in zip(pipe.flows, values, strict=True)])
             for s in range(len(values[0]))
         ]
-        return _largest(totals)
+        return _scaled(pipe.rounds, _largest(totals))
 
 
 def quantity(name: str) -> Quantity:
@@ -371,22 +370,99 @@ class SecondsSerial(Quantity):
         """Time of one op."""
         return self.leaf_seconds(op)
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[Num]]) -> Num:
-        """Stages do overlap across GPUs: steady state at the slowest stage, plus one drain of the longest step."""
-        total: list[Num] = []
-        drain: Num = 0.0
-        for flow, stages in zip(flows, values, strict=True):
-            slowest = _largest(stages)
-            every = _sum(stages if flow.times is None else [_scaled(n, t) for n, t in zip(flow.times, stages, strict=True)])
-            if flow.steady:
-                total.append(maximum(every, flow.count * slowest))
-                continue
-            total.append(self.repeat(flow.count, slowest, runs=flow.runs))
-            if len(stages) > 1:
-                rest = where(flow.count > 0, every - slowest, 0.0)
-                drain = maximum(drain, np.max(rest, axis=0) if flow.runs and np.ndim(rest) == np.ndim(flow.count) else rest)
-        total.append(drain)
-        return _sum(total)
+    def pipeline(self, pipe: Pipeline, values: list[list[Num]]) -> Num:
+        """Stages do overlap across GPUs."""
+        return makespan(jobs_of(pipe, values), pipe.rounds)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """`count` equal microbatches: their time on each stage, and how many equal stages each of those stands for."""
+
+    count: Num
+    seconds: Sequence[Any]
+    times: Sequence[Num] | None = None
+    steady: bool = False
+
+
+def jobs_of(pipe: Pipeline, values: Sequence[Sequence[Num]]) -> list[Job]:
+    """The microbatches of a pipeline in the order they enter it, runs one by one."""
+    found: list[Job] = []
+    for flow, stages in zip(pipe.flows, values, strict=True):
+        if not flow.runs:
+            found.append(Job(flow.count, stages, flow.times, flow.steady))
+            continue
+        axes = np.ndim(flow.count)
+        for r, count in enumerate(np.asarray(flow.count)):
+            each = [t[r] if np.ndim(t) == axes and np.shape(t)[0] > 1 else t for t in stages]
+            found.append(Job(_plainly(count), [_plainly(t) for t in each], flow.times, flow.steady))
+    return found
+
+
+def _plainly(value: Any) -> Num:
+    """A number of no axes as a float: the short path of `simulator.units`."""
+    plain: Num = float(value) if np.ndim(value) == 0 else value
+    return plain
+
+
+def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Callable[[Any, Any], Any] = maximum) -> Any:
+    """When the last stage is done with the last microbatch: each stage takes one at a time, in the order of `jobs`.
+
+    It is the longest monotone path through the grid of microbatches and stages,
+    D_s <- max(D_s, D_(s-1) of this microbatch) + t_s, all D_s = 0 at first (permutation flow shop).
+    A job of k equal microbatches is one step: a path passes stages a..b once each and stays for the other k - 1 on one
+    of them, so with G (not yet stayed) and H (stayed)
+        G_s = max(D_s, G_(s-1)) + t_s,   H_s = max(H_(s-1) + t_s, G_s + (k - 1) t_s),   D_s <- H_s.
+    Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once: D then has a value
+    before and one after them.
+
+    Domain: exact for one and two rounds, whatever the times.  For n > 2 rounds: max_s (first_s + (n - 2) d_s + last_s), where
+    d_s is a round on stage s alone, first_s the longest path of a round that ends on s, last_s that of one that begins there:
+    the path of a real schedule, so never too long.  What is neglected are paths that cross in three rounds or more;
+    each crossing moved to the first or the last round loses less than one passage of the pipeline by its longest
+    microbatch, so all is lost by less than that, once, however many the rounds.
+    Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
+    """
+    if len(jobs) == 1 and jobs[0].steady:
+        (job,) = jobs
+        every, *rest = [_scaled(n, t) for n, t in zip(job.times or [1.0] * len(job.seconds), job.seconds, strict=True)]
+        slowest = job.seconds[0]
+        for total, t in zip(rest, job.seconds[1:], strict=True):
+            every, slowest = every + total, later(slowest, t)
+        return rounds * later(every, job.count * slowest)
+    first = _ends(jobs, later)
+    if type(rounds) is float and rounds == 1.0:
+        return first[-1]
+    mirrored = [Job(j.count, j.seconds[::-1], None if j.times is None else j.times[::-1]) for j in reversed(jobs)]
+    last = _ends(mirrored, later)[::-1]
+    through: Any = None
+    for s, (before, after) in enumerate(zip(first, last, strict=True)):
+        alone = sum(job.count * job.seconds[s // 2] for job in jobs)
+        path = before + after + (rounds - 2) * alone
+        through = path if through is None else later(through, path)
+    return where(rounds > 1, through, first[-1])
+
+
+def _ends(jobs: Sequence[Job], later: Callable[[Any, Any], Any]) -> list[Any]:
+    """The longest path that ends on each stage, before and after its equals."""
+    done: list[Any] = [0.0 * jobs[0].seconds[0]] * (2 * len(jobs[0].seconds))
+    for job in jobs:
+        stay = job.count - 1
+        passed = stayed = None
+        ended: list[Any] = []
+        for s, t in enumerate(job.seconds):
+            more = stay * t
+            passed = (done[2 * s] if passed is None else later(done[2 * s], passed)) + t
+            stayed = passed + more if stayed is None else later(stayed + t, passed + more)
+            ended.append(stayed)
+            if job.times is not None and (type(job.times[s]) is not float or job.times[s] > 1):
+                inner = maximum(job.times[s] - 1, 0.0) * t
+                passed, before = later(done[2 * s + 1] + t, passed + inner), passed
+                stayed = later(later(stayed + inner, before + inner + more), passed + more)
+            ended.append(stayed)
+        some = job.count > 0
+        done = ended if some is True or np.all(some) else [where(some, new, old) for new, old in zip(ended, done, strict=True)]
+    return done
 
 
 class SecondsOverlapped(SecondsSerial):
@@ -428,12 +504,12 @@ class _Demand:
     def select(self, mask: Any, a: Mapping[str, Num], b: Mapping[str, Num]) -> Mapping[str, Num]:
         return {r: where(mask, a.get(r, 0.0), b.get(r, 0.0)) for r in {*a, *b}}
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[Mapping[str, Num]]]) -> Mapping[str, Num]:
+    def pipeline(self, pipe: Pipeline, values: list[list[Mapping[str, Num]]]) -> Mapping[str, Num]:
         stages = [
-            self.serial([self.repeat(f.count, v[s], runs=f.runs) for f, v in zip(flows, values, strict=True)])
+            self.serial([self.repeat(f.count, v[s], runs=f.runs) for f, v in zip(pipe.flows, values, strict=True)])
             for s in range(len(values[0]))
         ]
-        return {r: _largest([s.get(r, 0.0) for s in stages]) for r in RESOURCES}
+        return {r: _scaled(pipe.rounds, _largest([s.get(r, 0.0) for s in stages])) for r in RESOURCES}
 
 
 class PeakBytes:
@@ -483,11 +559,11 @@ class PeakBytes:
         """The branch taken."""
         return where(mask, a[0], b[0]), where(mask, a[1], b[1])
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[tuple[Num, Num]]]) -> tuple[Num, Num]:
+    def pipeline(self, pipe: Pipeline, values: list[list[tuple[Num, Num]]]) -> tuple[Num, Num]:
         """The most of any stage and flow."""
         flat = [
             (net, np.max(peak, axis=0) if flow.runs and np.ndim(peak) == np.ndim(flow.count) else peak)
-            for flow, stages in zip(flows, values, strict=True)
+            for flow, stages in zip(pipe.flows, values, strict=True)
             for net, peak in stages
         ]
         return _largest([n for n, _ in flat]), _largest([p for _, p in flat])
@@ -511,7 +587,7 @@ class Row:
 class Rows:
     """The ops of the critical path, merged by name and family, with scalar quantities.
 
-    Of an overlap all parts are listed; of a pipeline the ops of its slowest stage plus one pass of the others.
+    Of an overlap all parts are listed; of a pipeline the longest path.
     """
 
     def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
@@ -544,33 +620,34 @@ class Rows:
             Row(row.op, row.count, row.seconds * (1 - share)) for row in b
         ]
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[list[Row]]]) -> list[Row]:
-        """The slowest stage for every microbatch, and the others once, for the longest: what the time is made of."""
-        return self.serial(_critical(flows, values, self.repeat, lambda rows: sum(float(np.sum(row.seconds)) for row in rows)))
+    def pipeline(self, pipe: Pipeline, values: list[list[list[Row]]]) -> list[Row]:
+        """Every stage as often as the longest path passes it."""
+        return self.serial(_critical(pipe, values, self.repeat, lambda rows: _sum([row.seconds for row in rows])))
 
 
 def _critical(
-    flows: Sequence[Flow], values: list[list[Any]], repeat: Callable[..., Any], seconds: Callable[[Any], float]
+    pipe: Pipeline, values: Sequence[Sequence[Any]], repeat: Callable[..., Any], seconds: Callable[[Any], Num]
 ) -> list[Any]:
-    """The parts of a pipeline's time: every microbatch on the slowest stage, and one pass of the longest over the rest."""
-    parts: list[Any] = []
-    drains: list[tuple[float, list[Any]]] = []
-    for flow, stages in zip(flows, values, strict=True):
-        totals = [repeat(flow.count, stage, runs=flow.runs) for stage in stages]
-        slowest = max(range(len(totals)), key=lambda s: seconds(totals[s]))
-        once = np.flatnonzero(np.asarray(flow.count) > 0) if flow.runs else np.array([0.0])
-        if not once.size or not np.any(flow.count):
-            continue
-        last = np.eye(np.size(flow.count))[int(once[-1])].reshape(np.shape(flow.count)) if flow.runs else 1.0
-        passes = [repeat(last, stage, runs=flow.runs) for stage in stages]
-        if flow.steady and seconds(totals[slowest]) < sum(seconds(one) for one in passes):
-            parts += passes
-            continue
-        parts.append(totals[slowest])
-        if not flow.steady:
-            rest = [one for s, one in enumerate(passes) if s != slowest]
-            drains.append((sum(seconds(one) for one in rest), rest))
-    return parts + (max(drains, key=lambda d: d[0])[1] if drains else [])
+    """The parts of a pipeline's time, for one question: `makespan` of vectors that carry, behind the seconds, how often the
+    longest path passes each microbatch and stage.
+    """
+    told = [[seconds(stage) for stage in stages] for stages in values]
+    jobs = jobs_of(pipe, told)
+    width = len(jobs[0].seconds)
+    units = np.eye(1 + len(jobs) * width)[1:]
+    for j, job in enumerate(jobs):
+        units[j * width : (j + 1) * width, 0] = [float(np.sum(t)) for t in job.seconds]
+        job.seconds = list(units[j * width : (j + 1) * width])
+    path = makespan(jobs, float(np.sum(pipe.rounds)), lambda x, y: x if x[0] >= y[0] else y)
+    passes = iter(path[1:].reshape(-1, width))
+    parts = []
+    for flow, stages in zip(pipe.flows, values, strict=True):
+        often = np.array([next(passes) for _ in range(np.shape(flow.count)[0] if flow.runs else 1)])
+        for s, stage in enumerate(stages):
+            if often[:, s].any():
+                count = often[:, s].reshape(np.shape(flow.count)) if flow.runs else float(often[0, s])
+                parts.append(repeat(count, stage, runs=flow.runs))
+    return parts
 
 
 def _collapse(op: Leaf, count: Num) -> Leaf:
@@ -621,6 +698,6 @@ class ByKernel:
         """Family by family."""
         return {family: where(mask, a.get(family, 0.0), b.get(family, 0.0)) for family in {**a, **b}}
 
-    def pipeline(self, flows: Sequence[Flow], values: list[list[dict[tuple[str, str, str], Num]]]) -> dict[tuple[str, str, str], Num]:
-        """As the time is made of: the slowest stage for every microbatch, the others once."""
-        return self.serial(_critical(flows, values, self.repeat, lambda v: float(np.sum(_sum(list(v.values()))))))
+    def pipeline(self, pipe: Pipeline, values: list[list[dict[tuple[str, str, str], Num]]]) -> dict[tuple[str, str, str], Num]:
+        """Every stage as often as the longest path passes it."""
+        return self.serial(_critical(pipe, values, self.repeat, lambda v: _sum(list(v.values()))))

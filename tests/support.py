@@ -77,7 +77,7 @@ def leaves(work: Work) -> list[tuple[float, Leaf]]:
     if isinstance(work, Later):
         return leaves(work.make())
     assert isinstance(work, Pipeline)
-    return [(times * float(np.sum(flow.count)), leaf) for flow in work.flows for stage in flow.stages for times, leaf in leaves(stage)]
+    return [(times * float(np.sum(flow.count) * work.rounds), leaf) for flow in work.flows for stage in flow.stages for times, leaf in leaves(stage)]
 
 
 def relative(found: float, expected: float) -> float:

@@ -73,7 +73,7 @@ class Pipeline(Scheme):
             yield f"--pp {int(self.degree)}: {model.name} has {total} layers; use at most {total} stages"
 
 
-#: Kinds of stages of a uniform stack: the first, the fuller and the emptier between, the last.
+#: Kinds of stages of a uniform stack: the first, the emptier and the fuller between, the last.
 _CLASSES = 4
 
 
@@ -81,7 +81,7 @@ def _classes(total: int, p: int) -> list[Stage]:
     """The stages of `p` of a stack of equal blocks, as the four kinds there can be and how often each occurs."""
     base, extra = divmod(total, p)
     between, fuller = max(p - 2, 0), min(extra, max(p - 2, 0))
-    kinds = [(base + (1 if 0 < p - 1 <= extra else 0), 1), (base + 1, fuller), (base, between - fuller), (base, 1 if p > 1 else 0)]
+    kinds = [(base + (1 if 0 < p - 1 <= extra else 0), 1), (base, between - fuller), (base + 1, fuller), (base, 1 if p > 1 else 0)]
     return [
         Stage(s, (float(count) if times else 0.0,), float(s == 0), float(s == _CLASSES - 1 or p == 1) * (times > 0), float(times > 0), float(times))
         for s, (count, times) in enumerate(kinds)
