@@ -8,13 +8,15 @@ take the leaf's time as a function (`simulator.timing` makes it).
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, where
+from simulator.units import Array, Bytes, Count, Flops, Num, Seconds, maximum, where
 
 RESOURCES = ("tensor", "vector", "special", "hbm", "link", "host")
 
@@ -166,7 +168,8 @@ class Select:
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """`count` equal microbatches through the stages of a pipeline (`runs` as in `Repeat`).
+    """`count` equal microbatches through the stages of a pipeline.  With `runs`, as in `Repeat`, runs follow each other and the
+    values are means of runs whose steps grow linearly between their neighbours.
 
     `steady`: the same microbatches go round without end (decoding): one round, not a filled and drained pipeline.
     `times`: how many equal stages each stands for (None: one each).
@@ -372,96 +375,120 @@ class SecondsSerial(Quantity):
 
     def pipeline(self, pipe: Pipeline, values: list[list[Num]]) -> Num:
         """Stages do overlap across GPUs."""
-        return makespan(jobs_of(pipe, values), pipe.rounds)
+        total: Num = makespan(jobs_of(pipe, values), pipe.rounds)
+        return float(total) if np.ndim(total) == 0 else total
+
+
+#: Microbatches of a growing flow at which the longest path may change stage: h of them apart, and g the difference of
+#: two stages' growth per microbatch, a change in between is worth at most g h^2 / 8 more.
+CROSSINGS = 8
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`count` equal microbatches: their time on each stage, and how many equal stages each of those stands for."""
+    """Microbatches by runs (the leading axis): how many, their time on each stage, and how many equal stages that stands for."""
 
-    count: Num
-    seconds: Sequence[Any]
-    times: Sequence[Num] | None = None
-    steady: bool = False
+    count: Array
+    seconds: Sequence[Array]
+    times: Sequence[Num]
+    steady: bool
 
 
 def jobs_of(pipe: Pipeline, values: Sequence[Sequence[Num]]) -> list[Job]:
-    """The microbatches of a pipeline in the order they enter it, runs one by one."""
+    """The flows of a pipeline, each with an axis of runs."""
     found: list[Job] = []
     for flow, stages in zip(pipe.flows, values, strict=True):
-        if not flow.runs:
-            found.append(Job(flow.count, stages, flow.times, flow.steady))
-            continue
-        axes = np.ndim(flow.count)
-        for r, count in enumerate(np.asarray(flow.count)):
-            each = [t[r] if np.ndim(t) == axes and np.shape(t)[0] > 1 else t for t in stages]
-            found.append(Job(_plainly(count), [_plainly(t) for t in each], flow.times, flow.steady))
+        count = np.asarray(flow.count, dtype=float)
+        lifted = [np.asarray(t, dtype=float) for t in stages]
+        if flow.runs:
+            lifted = [t if t.ndim == count.ndim else t[None] for t in lifted]
+            seconds = [np.broadcast_to(t, (len(count), *t.shape[1:])) for t in lifted]
+        else:
+            count, seconds = count[None], [t[None] for t in lifted]
+        found.append(Job(count, seconds, flow.times or [1.0] * len(stages), flow.steady))
     return found
 
 
-def _plainly(value: Any) -> Num:
-    """A number of no axes as a float: the short path of `simulator.units`."""
-    plain: Num = float(value) if np.ndim(value) == 0 else value
-    return plain
-
-
-def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Callable[[Any, Any], Any] = maximum) -> Any:
+def makespan(
+    jobs: Sequence[Job], rounds: Num = 1.0, later: Callable[[Any, Any], Any] = np.maximum,
+    latest: Callable[[Any], Any] = np.maximum.accumulate,
+) -> Any:  # fmt: skip
     """When the last stage is done with the last microbatch: each stage takes one at a time, in the order of `jobs`.
 
-    It is the longest monotone path through the grid of microbatches and stages,
-    D_s <- max(D_s, D_(s-1) of this microbatch) + t_s, all D_s = 0 at first (permutation flow shop).
-    A job of k equal microbatches is one step: a path passes stages a..b once each and stays for the other k - 1 on one
-    of them, so with G (not yet stayed) and H (stayed)
-        G_s = max(D_s, G_(s-1)) + t_s,   H_s = max(H_(s-1) + t_s, G_s + (k - 1) t_s),   D_s <- H_s.
-    Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once: D then has a value
-    before and one after them.
+    It is the longest monotone path through the grid of microbatches j and stages s (permutation flow shop).  With C_s(j) the
+    time of stage s for all microbatches up to j and t_s(j) that for j alone, stage s is done with j at
+    V_s(j) = C_s(j) + max(D_s, max over i <= j of V_(s-1)(i) - C_s(i) + t_s(i)), D_s when it is done with the job before.
+    Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once.
 
-    Domain: exact for one and two rounds, whatever the times.  For n > 2 rounds: max_s (first_s + (n - 2) d_s + last_s), where
-    d_s is a round on stage s alone, first_s the longest path of a round that ends on s, last_s that of one that begins there:
-    the path of a real schedule, so never too long.  What is neglected are paths that cross in three rounds or more;
-    each crossing moved to the first or the last round loses less than one passage of the pipeline by its longest
-    microbatch, so all is lost by less than that, once, however many the rounds.
+    Within a run the times grow linearly (`_passes`), and i is one of CROSSINGS microbatches evenly spread over the job: exact
+    for equal microbatches and for up to CROSSINGS growing ones, otherwise short by at most g h^2 / 8 a stage (see there).
+    For n > 2 rounds: max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of
+    a round that ends on s, last_s that of one that begins there.  It is the path of a real schedule, so never too long; paths
+    that change stage in three rounds or more are left out, worth less than (S - 1) (M - max d_s) in all with M the time of
+    one round, however many the rounds.
     Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
     """
-    if len(jobs) == 1 and jobs[0].steady:
+    if jobs[0].steady:
         (job,) = jobs
-        every, *rest = [_scaled(n, t) for n, t in zip(job.times or [1.0] * len(job.seconds), job.seconds, strict=True)]
-        slowest = job.seconds[0]
-        for total, t in zip(rest, job.seconds[1:], strict=True):
-            every, slowest = every + total, later(slowest, t)
-        return rounds * later(every, job.count * slowest)
-    first = _ends(jobs, later)
-    if type(rounds) is float and rounds == 1.0:
+        slowest = functools.reduce(later, job.seconds)
+        every = sum(n * t for n, t in zip(job.times, job.seconds, strict=True))
+        return (rounds * later(every, _beside(job.count, slowest) * slowest))[0]
+    first = _ends(jobs, later, latest)
+    if np.ndim(rounds) == 0 and rounds == 1:
         return first[-1]
-    mirrored = [Job(j.count, j.seconds[::-1], None if j.times is None else j.times[::-1]) for j in reversed(jobs)]
-    last = _ends(mirrored, later)[::-1]
-    through: Any = None
-    for s, (before, after) in enumerate(zip(first, last, strict=True)):
-        alone = sum(job.count * job.seconds[s // 2] for job in jobs)
-        path = before + after + (rounds - 2) * alone
-        through = path if through is None else later(through, path)
-    return where(rounds > 1, through, first[-1])
+    last = _ends([Job(j.count[::-1], [t[::-1] for t in j.seconds[::-1]], j.times[::-1], steady=False) for j in reversed(jobs)], later, latest)
+    alone = [sum(np.sum(_beside(j.count, j.seconds[s]) * j.seconds[s], axis=0) for j in jobs) for s in range(len(jobs[0].seconds))]
+    paths = [before + after + (rounds - 2) * alone[s // 2] for s, (before, after) in enumerate(zip(first, reversed(last), strict=True))]
+    return where(rounds > 1, functools.reduce(later, paths), first[-1])
 
 
-def _ends(jobs: Sequence[Job], later: Callable[[Any, Any], Any]) -> list[Any]:
+def _beside(count: Array, seconds: Array) -> Array:
+    """Counts without rows, shaped to multiply seconds that carry more axes."""
+    return count.reshape(count.shape + (1,) * (seconds.ndim - count.ndim)) if seconds.ndim > count.ndim else count
+
+
+def _passes(count: Array) -> tuple[Array, Array]:
+    """Weights [crossing, run] that make of the means of runs the time of all microbatches up to each crossing, and of that
+    microbatch alone.
+
+    A run of k with mean u, in which x have passed: x u + b x (x - k) / 2, b the slope between its neighbours' means.  The first
+    and the last run have no slope.
+    """
+    runs, total = len(count), np.sum(count, axis=0)
+    after = np.cumsum(count, axis=0)
+    start, middle = after - count, after - count / 2
+    shares = np.linspace(0.0, 1.0, CROSSINGS if runs > 1 else 2).reshape(-1, *(1,) * total.ndim)
+    here = np.round(shares * np.maximum(total - 1, 0.0))
+
+    def weights(passed: Array) -> Array:
+        within = np.clip(passed[:, None] - start, 0.0, count)
+        found = within.copy()
+        for r in range(1, runs - 1):
+            bend = within[:, r] * (within[:, r] - count[r]) / (2 * np.maximum(middle[r + 1] - middle[r - 1], 1.0))
+            found[:, r + 1] += bend
+            found[:, r - 1] -= bend
+        return found
+
+    upto = weights(here + 1)
+    return upto, upto - weights(here)
+
+
+def _ends(jobs: Sequence[Job], later: Callable[[Any, Any], Any], latest: Callable[[Any], Any]) -> list[Any]:
     """The longest path that ends on each stage, before and after its equals."""
-    done: list[Any] = [0.0 * jobs[0].seconds[0]] * (2 * len(jobs[0].seconds))
+    done: list[Any] = [0.0 * jobs[0].seconds[0][0]] * (2 * len(jobs[0].seconds))
     for job in jobs:
-        stay = job.count - 1
-        passed = stayed = None
+        upto, alone = _passes(job.count)
+        reached: Any = None
         ended: list[Any] = []
-        for s, t in enumerate(job.seconds):
-            more = stay * t
-            passed = (done[2 * s] if passed is None else later(done[2 * s], passed)) + t
-            stayed = passed + more if stayed is None else later(stayed + t, passed + more)
-            ended.append(stayed)
-            if job.times is not None and (type(job.times[s]) is not float or job.times[s] > 1):
-                inner = maximum(job.times[s] - 1, 0.0) * t
-                passed, before = later(done[2 * s + 1] + t, passed + inner), passed
-                stayed = later(later(stayed + inner, before + inner + more), passed + more)
-            ended.append(stayed)
-        some = job.count > 0
-        done = ended if some is True or np.all(some) else [where(some, new, old) for new, old in zip(ended, done, strict=True)]
+        for s, (t, times) in enumerate(zip(job.seconds, job.times, strict=True)):
+            total, one = (np.einsum("gr...,r...->g...", w, t) for w in (upto, alone))
+            reached = total + (done[2 * s] if reached is None else later(done[2 * s], latest(reached - total + one)))
+            ended.append(reached[-1])
+            if np.ndim(times) or times > 1:
+                reached = total + later(done[2 * s + 1], latest(reached - total + np.maximum(times - 1, 0.0) * one))
+            ended.append(reached[-1])
+        some = np.sum(job.count, axis=0) > 0
+        done = ended if np.all(some) else [np.where(some, new, old) for new, old in zip(ended, done, strict=True)]
     return done
 
 
@@ -631,22 +658,31 @@ def _critical(
     """The parts of a pipeline's time, for one question: `makespan` of vectors that carry, behind the seconds, how often the
     longest path passes each microbatch and stage.
     """
-    told = [[seconds(stage) for stage in stages] for stages in values]
-    jobs = jobs_of(pipe, told)
-    width = len(jobs[0].seconds)
-    units = np.eye(1 + len(jobs) * width)[1:]
-    for j, job in enumerate(jobs):
-        units[j * width : (j + 1) * width, 0] = [float(np.sum(t)) for t in job.seconds]
-        job.seconds = list(units[j * width : (j + 1) * width])
-    path = makespan(jobs, float(np.sum(pipe.rounds)), lambda x, y: x if x[0] >= y[0] else y)
-    passes = iter(path[1:].reshape(-1, width))
-    parts = []
-    for flow, stages in zip(pipe.flows, values, strict=True):
-        often = np.array([next(passes) for _ in range(np.shape(flow.count)[0] if flow.runs else 1)])
-        for s, stage in enumerate(stages):
-            if often[:, s].any():
-                count = often[:, s].reshape(np.shape(flow.count)) if flow.runs else float(often[0, s])
-                parts.append(repeat(count, stage, runs=flow.runs))
+    jobs = jobs_of(pipe, [[seconds(stage) for stage in stages] for stages in values])
+    cells = np.eye(1 + sum(len(job.count) * len(job.seconds) for job in jobs))
+    first = 1
+    for job in jobs:
+        told = []
+        for t in job.seconds:
+            cells[first : first + len(t), 0] = t
+            told.append(cells[first : first + len(t)])
+            first += len(t)
+        job.seconds = told
+
+    def later(x: Array, y: Array) -> Array:
+        x, y = np.broadcast_arrays(x, y)
+        return np.where(x[..., :1] >= y[..., :1], x, y)
+
+    def latest(x: Array) -> Array:
+        return np.array(list(itertools.accumulate(x, later)))
+
+    path, parts, first = makespan(jobs, float(np.sum(pipe.rounds)), later, latest), [], 1
+    for flow, job, stages in zip(pipe.flows, jobs, values, strict=True):
+        for stage in stages:
+            often = path[first : first + len(job.count)]
+            first += len(job.count)
+            if often.any():
+                parts.append(repeat(often if flow.runs else float(often[0]), stage, runs=flow.runs))
     return parts
 
 
