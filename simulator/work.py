@@ -399,12 +399,9 @@ def jobs_of(pipe: Pipeline, values: Sequence[Sequence[Num]]) -> list[Job]:
     found: list[Job] = []
     for flow, stages in zip(pipe.flows, values, strict=True):
         count = np.asarray(flow.count, dtype=float)
-        lifted = [np.asarray(t, dtype=float) for t in stages]
-        if flow.runs:
-            lifted = [t if t.ndim == count.ndim else t[None] for t in lifted]
-            seconds = [np.broadcast_to(t, (len(count), *t.shape[1:])) for t in lifted]
-        else:
-            count, seconds = count[None], [t[None] for t in lifted]
+        seconds = [np.broadcast_to(t, np.broadcast_shapes(np.shape(t), count.shape)) for t in stages]
+        if not flow.runs:
+            count, seconds = count[None], [t[None] for t in seconds]
         found.append(Job(count, seconds, flow.times or [1.0] * len(stages), flow.steady))
     return found
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.work import (
+    CROSSINGS,
     Aside,
     ByKernel,
     Flow,
@@ -173,41 +174,59 @@ def test_a_pipeline_of_equal_microbatches_takes_what_a_simulation_takes(stages: 
         assert pipelined([stages], [count], algebra) == flow_shop([stages] * count)
 
 
-@given(stage_times, st.lists(st.tuples(st.integers(1, 9).map(float), st.integers(0, 4)), min_size=1, max_size=4))
-def test_a_pipeline_of_longer_and_shorter_microbatches_is_within_the_difference_of_their_drains(
-    stages: list[float], runs: list[tuple[float, int]]
+microbatches = st.lists(st.tuples(st.lists(st.integers(0, 30).map(float), min_size=5, max_size=5), st.integers(0, 4)), min_size=1, max_size=5)
+
+
+def ordered(runs: Sequence[tuple[list[float], int]], times: Sequence[int]) -> list[list[float]]:
+    """Every microbatch with the time of every stage, equal stages one by one."""
+    return [[t for t, n in zip(job, times, strict=False) for _ in range(n)] for job, count in runs for _ in range(count)]
+
+
+@given(microbatches, st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 2))
+def test_a_pipeline_of_any_microbatches_takes_what_a_simulation_takes(
+    runs: list[tuple[list[float], int]], times: list[int], rounds: int
 ) -> None:
-    """Microbatches in proportion (the same stages, longer or shorter chunks): closed form >= simulation, and no more
-    above it than the drain of the longest less that of the shortest."""
-    counts = [n for _, n in runs]
-    if not sum(counts):
+    flows = [Flow(float(n), [op(t) for t in job[: len(times)]], times=[float(n) for n in times]) for job, n in runs]
+    jobs = ordered(runs, times) * rounds
+    assert fold(Pipeline(flows, float(rounds)), serial_seconds) == pytest.approx(flow_shop(jobs) if jobs else 0.0, rel=1e-12)
+
+
+@given(microbatches, st.integers(2, 5), st.integers(3, 9))
+def test_many_rounds_are_never_long_and_short_by_no_more_than_is_said(runs: list[tuple[list[float], int]], depth: int, rounds: int) -> None:
+    jobs = ordered(runs, [1] * depth)
+    if not jobs:
         return
-    jobs = [[t * factor for t in stages] for factor, _ in runs]
-    closed, simulated = pipelined(jobs, counts), flow_shop([job for job, n in zip(jobs, counts, strict=True) for _ in range(n)])
-    drains = [sum(job) - max(job) for job, n in zip(jobs, counts, strict=True) if n]
-    assert simulated <= closed * (1 + 1e-12) <= (simulated + max(drains) - min(drains)) * (1 + 1e-9)
+    flows = [Flow(float(n), [op(t) for t in job[:depth]]) for job, n in runs]
+    found, simulated = fold(Pipeline(flows, float(rounds)), serial_seconds), flow_shop(jobs * rounds)
+    most = max(sum(column) for column in zip(*jobs, strict=True))
+    assert found <= simulated * (1 + 1e-12) <= (found + (depth - 1) * (flow_shop(jobs) - most)) * (1 + 1e-9)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=5),
-    st.lists(st.tuples(st.integers(0, 20).map(float), st.integers(1, 4)), min_size=1, max_size=4),
-)
-def test_a_pipeline_of_chunks_after_a_growing_prefix_is_never_short(
-    stages: list[tuple[int, int]], chunks: list[tuple[float, int]]
-) -> None:
-    """Stage s takes a_s + p c_s after a prefix p: uneven in both, and still the closed form is no less than a simulation."""
-    jobs = [[float(a + p * c) for a, c in stages] for p, _ in chunks]
-    counts = [n for _, n in chunks]
-    assert pipelined(jobs, counts) >= flow_shop([job for job, n in zip(jobs, counts, strict=True) for _ in range(n)]) * (1 - 1e-12)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5)), min_size=1, max_size=5), st.integers(4, 60), st.integers(1, 2))
+def test_chunks_that_grow_through_uneven_stages_take_what_a_simulation_takes(stages: list[tuple[int, int]], chunks: int, rounds: int) -> None:
+    """Stage s takes a_s + j c_s for chunk j, told by the means of four runs: never long, and short by at most g h^2 / 8 for
+    each change of stage, with h one more where crossings are rounded to whole chunks."""
+    counts = np.array([1.0, 0.2 * (chunks - 2), 0.8 * (chunks - 2), 1.0])
+    middle = np.cumsum(counts) - counts / 2 - 0.5
+    work = Pipeline([Flow(counts, [op(a + middle * c) for a, c in stages], runs=True)], float(rounds))  # type: ignore[arg-type]
+    found = fold(work, serial_seconds)
+    simulated = flow_shop([[float(a + j * c) for a, c in stages] for j in range(chunks)] * rounds)
+    apart = (chunks - 1) / (CROSSINGS - 1) + 1
+    growth = max(abs(c - d) for _, c in stages for _, d in stages)
+    assert found <= simulated * (1 + 1e-9)
+    assert simulated <= (found + rounds * (len(stages) - 1) * growth * apart**2 / 8) * (1 + 1e-9)
+    assert sum(float(np.sum(row.seconds)) for row in fold(work, Rows(seconds))) == pytest.approx(found)
+    assert sum(fold(work, ByKernel(seconds)).values()) == pytest.approx(found)
 
 
-@given(st.integers(1, 50).map(float), st.integers(1, 6), st.lists(st.tuples(st.integers(1, 9).map(float), st.integers(0, 4)), min_size=1, max_size=4))
-def test_runs_of_a_flow_are_flows_of_their_own(unit: float, depth: int, runs: list[tuple[float, int]]) -> None:
-    """Steps grow from run to run, as chunks after a growing prefix do; runs without steps take no part."""
-    factors, counts = (np.array(column, dtype=float) for column in zip(*sorted(runs), strict=True))
-    together = Pipeline([Flow(counts, [op(unit * factors) for _ in range(depth)], runs=True)])  # type: ignore[arg-type]
-    apart = pipelined([[unit * f] * depth for f in factors], [int(n) for n in counts])
-    assert fold(together, overlapped_seconds) == pytest.approx(apart, rel=1e-12)
+@given(microbatches, st.integers(2, 5))
+def test_pipelines_as_arrays_are_each_pipeline(runs: list[tuple[list[float], int]], depth: int) -> None:
+    factors, rounds, times = np.array([1.0, 2.0, 0.5]), np.array([1.0, 2.0, 7.0]), np.array([1.0, 3.0, 2.0])
+    together = Pipeline([Flow(n * (factors > 0.7), [op(t * factors) for t in job[:depth]], times=[times] * depth) for job, n in runs], rounds)  # type: ignore[arg-type]
+    found = np.broadcast_to(fold(together, serial_seconds), factors.shape)
+    for i, factor in enumerate(factors):
+        alone = [Flow(float(n * (factor > 0.7)), [op(t * float(factor)) for t in job[:depth]], times=[float(times[i])] * depth) for job, n in runs]
+        assert found[i] == pytest.approx(fold(Pipeline(alone, float(rounds[i])), serial_seconds), rel=1e-12)
 
 
 def test_one_stage_is_no_pipeline() -> None:
