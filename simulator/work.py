@@ -180,6 +180,13 @@ class Flow:
     runs: bool = False
     steady: bool = False
     times: Sequence[Num] | None = None
+    _passes: tuple[Array, Array] | None = field(default=None, init=False)
+
+    def passes(self) -> tuple[Array, Array]:
+        """`crossings` of its counts, worked out once for all algebras."""
+        if self._passes is None:
+            self._passes = crossings(np.asarray(self.count, dtype=float)[None if not self.runs else ...])
+        return self._passes
 
 
 @dataclass(slots=True, eq=False)
@@ -375,7 +382,8 @@ class SecondsSerial(Quantity):
 
     def pipeline(self, pipe: Pipeline, values: list[list[Num]]) -> Num:
         """Stages do overlap across GPUs."""
-        total: Num = makespan(jobs_of(pipe, values), pipe.rounds)
+        jobs = jobs_of(pipe, values)
+        total: Num = turn(jobs[0], pipe.rounds) if pipe.flows[0].steady else makespan(jobs, pipe.rounds)
         return float(total) if np.ndim(total) == 0 else total
 
 
@@ -386,30 +394,29 @@ CROSSINGS = 8
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Microbatches by runs (the leading axis): how many, their time on each stage, and how many equal stages that stands for."""
+    """Microbatches: how `crossings` weigh their runs, the time of each run on each stage, and for how many equal stages that stands."""
 
-    count: Array
+    upto: Array
+    alone: Array
     seconds: Sequence[Array]
     times: Sequence[Num]
-    steady: bool
+
+    def reverse(self) -> Job:
+        """The same from the last microbatch and stage to the first."""
+        after = self.upto[-1] - self.upto + self.alone
+        return Job(after[::-1], self.alone[::-1], self.seconds[::-1], self.times[::-1])
 
 
 def jobs_of(pipe: Pipeline, values: Sequence[Sequence[Num]]) -> list[Job]:
     """The flows of a pipeline, each with an axis of runs."""
     found: list[Job] = []
     for flow, stages in zip(pipe.flows, values, strict=True):
-        count = np.asarray(flow.count, dtype=float)
-        seconds = [np.broadcast_to(t, np.broadcast_shapes(np.shape(t), count.shape)) for t in stages]
-        if not flow.runs:
-            count, seconds = count[None], [t[None] for t in seconds]
-        found.append(Job(count, seconds, flow.times or [1.0] * len(stages), flow.steady))
+        seconds = [np.broadcast_to(t, np.broadcast_shapes(np.shape(t), np.shape(flow.count))) for t in stages]
+        found.append(Job(*flow.passes(), seconds if flow.runs else [t[None] for t in seconds], flow.times or [1.0] * len(stages)))
     return found
 
 
-def makespan(
-    jobs: Sequence[Job], rounds: Num = 1.0, later: Callable[[Any, Any], Any] = np.maximum,
-    latest: Callable[[Any], Any] = np.maximum.accumulate,
-) -> Any:  # fmt: skip
+def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Callable[[Any, Any], Any] = np.maximum) -> Any:
     """When the last stage is done with the last microbatch: each stage takes one at a time, in the order of `jobs`.
 
     It is the longest monotone path through the grid of microbatches j and stages s (permutation flow shop).  With C_s(j) the
@@ -417,7 +424,7 @@ def makespan(
     V_s(j) = C_s(j) + max(D_s, max over i <= j of V_(s-1)(i) - C_s(i) + t_s(i)), D_s when it is done with the job before.
     Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once.
 
-    Within a run the times grow linearly (`_passes`), and i is one of CROSSINGS microbatches evenly spread over the job: exact
+    Within a run the times grow linearly (`crossings`), and i is one of CROSSINGS microbatches evenly spread over the job: exact
     for equal microbatches and for up to CROSSINGS growing ones, otherwise short by at most g h^2 / 8 a stage (see there).
     For n > 2 rounds: max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of
     a round that ends on s, last_s that of one that begins there.  It is the path of a real schedule, so never too long; paths
@@ -425,26 +432,23 @@ def makespan(
     one round, however many the rounds.
     Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
     """
-    if jobs[0].steady:
-        (job,) = jobs
-        slowest = functools.reduce(later, job.seconds)
-        every = sum(n * t for n, t in zip(job.times, job.seconds, strict=True))
-        return (rounds * later(every, _beside(job.count, slowest) * slowest))[0]
-    first = _ends(jobs, later, latest)
+    first = _ends(jobs, later)
     if np.ndim(rounds) == 0 and rounds == 1:
         return first[-1]
-    last = _ends([Job(j.count[::-1], [t[::-1] for t in j.seconds[::-1]], j.times[::-1], steady=False) for j in reversed(jobs)], later, latest)
-    alone = [sum(np.sum(_beside(j.count, j.seconds[s]) * j.seconds[s], axis=0) for j in jobs) for s in range(len(jobs[0].seconds))]
+    last = _ends([job.reverse() for job in reversed(jobs)], later)
+    alone = [sum(_weighed(job.upto[-1:], job.seconds[s])[0] for job in jobs) for s in range(len(jobs[0].seconds))]
     paths = [before + after + (rounds - 2) * alone[s // 2] for s, (before, after) in enumerate(zip(first, reversed(last), strict=True))]
     return where(rounds > 1, functools.reduce(later, paths), first[-1])
 
 
-def _beside(count: Array, seconds: Array) -> Array:
-    """Counts without rows, shaped to multiply seconds that carry more axes."""
-    return count.reshape(count.shape + (1,) * (seconds.ndim - count.ndim)) if seconds.ndim > count.ndim else count
+def turn(job: Job, rounds: Num = 1.0, later: Callable[[Any, Any], Any] = np.maximum) -> Any:
+    """One round of m microbatches that go round without end: max(sum(t_s), m max(t_s))."""
+    every = sum(n * t for n, t in zip(job.times, job.seconds, strict=True))
+    busiest = functools.reduce(later, [_weighed(job.upto[-1:], t) for t in job.seconds])
+    return (rounds * later(every, busiest))[0]
 
 
-def _passes(count: Array) -> tuple[Array, Array]:
+def crossings(count: Array) -> tuple[Array, Array]:
     """Weights [crossing, run] that make of the means of runs the time of all microbatches up to each crossing, and of that
     microbatch alone.
 
@@ -454,38 +458,44 @@ def _passes(count: Array) -> tuple[Array, Array]:
     runs, total = len(count), np.sum(count, axis=0)
     after = np.cumsum(count, axis=0)
     start, middle = after - count, after - count / 2
-    shares = np.linspace(0.0, 1.0, CROSSINGS if runs > 1 else 2).reshape(-1, *(1,) * total.ndim)
-    here = np.round(shares * np.maximum(total - 1, 0.0))
+    number = CROSSINGS if runs > 1 else 1 + int(np.max(total) > 1)
+    here = np.round(np.linspace(0.0, 1.0, number).reshape(-1, *(1,) * total.ndim) * np.maximum(total - 1, 0.0))
 
     def weights(passed: Array) -> Array:
-        within = np.clip(passed[:, None] - start, 0.0, count)
-        found = within.copy()
-        for r in range(1, runs - 1):
-            bend = within[:, r] * (within[:, r] - count[r]) / (2 * np.maximum(middle[r + 1] - middle[r - 1], 1.0))
-            found[:, r + 1] += bend
-            found[:, r - 1] -= bend
+        found: Array = np.minimum(np.maximum(passed[:, None] - start, 0.0), count)
+        bends = found[:, 1:-1] * (found[:, 1:-1] - count[1:-1]) / (2 * np.maximum(middle[2:] - middle[:-2], 1.0))
+        found[:, 2:] += bends
+        found[:, :-2] -= bends
         return found
 
     upto = weights(here + 1)
     return upto, upto - weights(here)
 
 
-def _ends(jobs: Sequence[Job], later: Callable[[Any, Any], Any], latest: Callable[[Any], Any]) -> list[Any]:
+def _weighed(weights: Array, seconds: Array) -> Array:
+    """Sum over runs of weight x seconds, [crossing, ...]."""
+    total: Array = np.einsum("gr...,r...->g...", weights, seconds)
+    return total
+
+
+def _ends(jobs: Sequence[Job], later: Callable[[Any, Any], Any]) -> list[Any]:
     """The longest path that ends on each stage, before and after its equals."""
+
+    def latest(x: Array) -> Array:
+        return np.array(list(itertools.accumulate(x, later)))
+
     done: list[Any] = [0.0 * jobs[0].seconds[0][0]] * (2 * len(jobs[0].seconds))
     for job in jobs:
-        upto, alone = _passes(job.count)
         reached: Any = None
         ended: list[Any] = []
         for s, (t, times) in enumerate(zip(job.seconds, job.times, strict=True)):
-            total, one = (np.einsum("gr...,r...->g...", w, t) for w in (upto, alone))
+            total, one = _weighed(job.upto, t), _weighed(job.alone, t)
             reached = total + (done[2 * s] if reached is None else later(done[2 * s], latest(reached - total + one)))
             ended.append(reached[-1])
             if np.ndim(times) or times > 1:
                 reached = total + later(done[2 * s + 1], latest(reached - total + np.maximum(times - 1, 0.0) * one))
             ended.append(reached[-1])
-        some = np.sum(job.count, axis=0) > 0
-        done = ended if np.all(some) else [np.where(some, new, old) for new, old in zip(ended, done, strict=True)]
+        done = ended
     return done
 
 
@@ -656,7 +666,7 @@ def _critical(
     longest path passes each microbatch and stage.
     """
     jobs = jobs_of(pipe, [[seconds(stage) for stage in stages] for stages in values])
-    cells = np.eye(1 + sum(len(job.count) * len(job.seconds) for job in jobs))
+    cells = np.eye(1 + sum(len(t) for job in jobs for t in job.seconds))
     first = 1
     for job in jobs:
         told = []
@@ -670,14 +680,13 @@ def _critical(
         x, y = np.broadcast_arrays(x, y)
         return np.where(x[..., :1] >= y[..., :1], x, y)
 
-    def latest(x: Array) -> Array:
-        return np.array(list(itertools.accumulate(x, later)))
-
-    path, parts, first = makespan(jobs, float(np.sum(pipe.rounds)), later, latest), [], 1
+    rounds = float(np.sum(pipe.rounds))
+    path = turn(jobs[0], rounds, later) if pipe.flows[0].steady else makespan(jobs, rounds, later)
+    parts, first = [], 1
     for flow, job, stages in zip(pipe.flows, jobs, values, strict=True):
         for stage in stages:
-            often = path[first : first + len(job.count)]
-            first += len(job.count)
+            often = path[first : first + job.upto.shape[1]]
+            first += job.upto.shape[1]
             if often.any():
                 parts.append(repeat(often if flow.runs else float(often[0]), stage, runs=flow.runs))
     return parts
