@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -392,27 +393,24 @@ class SecondsSerial(Quantity):
 CROSSINGS = 8
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """Microbatches: how `crossings` weigh their runs, the time of each run on each stage, and for how many equal stages that stands."""
+class Job(NamedTuple):
+    """The microbatches of a flow, by stage: the time of all up to each crossing and that of the crossing one, each
+    [crossing, ...], and for how many equal stages the stage stands.
+    """
 
-    upto: Array
-    alone: Array
-    seconds: Sequence[Array]
+    upto: list[Array]
+    alone: list[Array]
     times: Sequence[Num]
-
-    def reverse(self) -> Job:
-        """The same from the last microbatch and stage to the first."""
-        after = self.upto[-1] - self.upto + self.alone
-        return Job(after[::-1], self.alone[::-1], self.seconds[::-1], self.times[::-1])
 
 
 def jobs_of(pipe: Pipeline, values: Sequence[Sequence[Num]]) -> list[Job]:
-    """The flows of a pipeline, each with an axis of runs."""
+    """The flows of a pipeline under the times of their stages."""
     found: list[Job] = []
     for flow, stages in zip(pipe.flows, values, strict=True):
+        upto, alone = flow.passes()
         seconds = [np.broadcast_to(t, np.broadcast_shapes(np.shape(t), np.shape(flow.count))) for t in stages]
-        found.append(Job(*flow.passes(), seconds if flow.runs else [t[None] for t in seconds], flow.times or [1.0] * len(stages)))
+        runs = seconds if flow.runs else [t[None] for t in seconds]
+        found.append(Job([_weighed(upto, t) for t in runs], [_weighed(alone, t) for t in runs], flow.times or [1.0] * len(stages)))
     return found
 
 
@@ -426,26 +424,28 @@ def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Callable[[Any, Any],
 
     Within a run the times grow linearly (`crossings`), and i is one of CROSSINGS microbatches evenly spread over the job: exact
     for equal microbatches and for up to CROSSINGS growing ones, otherwise short by at most g h^2 / 8 a stage (see there).
-    For n > 2 rounds: max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of
-    a round that ends on s, last_s that of one that begins there.  It is the path of a real schedule, so never too long; paths
+    For n > 2 rounds every stage repeats the n - 2 between the first and the last on its own: the longest
+    max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of the first round that
+    ends on s, last_s that of the last that begins there.  It is the path of a real schedule, so never too long; paths
     that change stage in three rounds or more are left out, worth less than (S - 1) (M - max d_s) in all with M the time of
     one round, however many the rounds.
     Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
     """
-    first = _ends(jobs, later)
+    start: list[Any] = [0.0 * jobs[0].alone[0][0]] * (2 * len(jobs[0].times))
+    first = _ends(jobs, start, later)
     if np.ndim(rounds) == 0 and rounds == 1:
         return first[-1]
-    last = _ends([job.reverse() for job in reversed(jobs)], later)
-    alone = [sum(_weighed(job.upto[-1:], job.seconds[s])[0] for job in jobs) for s in range(len(jobs[0].seconds))]
-    paths = [before + after + (rounds - 2) * alone[s // 2] for s, (before, after) in enumerate(zip(first, reversed(last), strict=True))]
-    return where(rounds > 1, functools.reduce(later, paths), first[-1])
+    between = maximum(rounds - 2, 0.0)
+    round_s = [functools.reduce(operator.add, [job.upto[s][-1] for job in jobs]) for s in range(len(jobs[0].times))]
+    last = _ends(jobs, [done + between * round_s[s // 2] for s, done in enumerate(first)], later)
+    return where(rounds > 1, last[-1], first[-1])
 
 
 def turn(job: Job, rounds: Num = 1.0, later: Callable[[Any, Any], Any] = np.maximum) -> Any:
     """One round of m microbatches that go round without end: max(sum(t_s), m max(t_s))."""
-    every = sum(n * t for n, t in zip(job.times, job.seconds, strict=True))
-    busiest = functools.reduce(later, [_weighed(job.upto[-1:], t) for t in job.seconds])
-    return (rounds * later(every, busiest))[0]
+    every = functools.reduce(operator.add, [n * one[0] for n, one in zip(job.times, job.alone, strict=True)])
+    busiest = functools.reduce(later, [total[-1] for total in job.upto])
+    return rounds * later(every, busiest)
 
 
 def crossings(count: Array) -> tuple[Array, Array]:
@@ -478,18 +478,16 @@ def _weighed(weights: Array, seconds: Array) -> Array:
     return total
 
 
-def _ends(jobs: Sequence[Job], later: Callable[[Any, Any], Any]) -> list[Any]:
-    """The longest path that ends on each stage, before and after its equals."""
+def _ends(jobs: Sequence[Job], done: list[Any], later: Callable[[Any, Any], Any]) -> list[Any]:
+    """When each stage, before and after its equals, is done with the last microbatch, having been busy until `done`."""
 
     def latest(x: Array) -> Array:
         return np.array(list(itertools.accumulate(x, later)))
 
-    done: list[Any] = [0.0 * jobs[0].seconds[0][0]] * (2 * len(jobs[0].seconds))
     for job in jobs:
         reached: Any = None
         ended: list[Any] = []
-        for s, (t, times) in enumerate(zip(job.seconds, job.times, strict=True)):
-            total, one = _weighed(job.upto, t), _weighed(job.alone, t)
+        for s, (total, one, times) in enumerate(zip(*job, strict=True)):
             reached = total + (done[2 * s] if reached is None else later(done[2 * s], latest(reached - total + one)))
             ended.append(reached[-1])
             if np.ndim(times) or times > 1:
@@ -665,16 +663,17 @@ def _critical(
     """The parts of a pipeline's time, for one question: `makespan` of vectors that carry, behind the seconds, how often the
     longest path passes each microbatch and stage.
     """
-    jobs = jobs_of(pipe, [[seconds(stage) for stage in stages] for stages in values])
-    cells = np.eye(1 + sum(len(t) for job in jobs for t in job.seconds))
-    first = 1
-    for job in jobs:
+    width = [np.shape(flow.count)[0] if flow.runs else 1 for flow in pipe.flows]
+    cells = np.eye(1 + sum(w * len(stages) for w, stages in zip(width, values, strict=True)))
+    jobs, first = [], 1
+    for flow, w, stages in zip(pipe.flows, width, values, strict=True):
+        upto, alone = flow.passes()
         told = []
-        for t in job.seconds:
-            cells[first : first + len(t), 0] = t
-            told.append(cells[first : first + len(t)])
-            first += len(t)
-        job.seconds = told
+        for stage in stages:
+            cells[first : first + w, 0] = seconds(stage)
+            told.append(cells[first : first + w])
+            first += w
+        jobs.append(Job([_weighed(upto, t) for t in told], [_weighed(alone, t) for t in told], flow.times or [1.0] * len(stages)))
 
     def later(x: Array, y: Array) -> Array:
         x, y = np.broadcast_arrays(x, y)
@@ -683,10 +682,10 @@ def _critical(
     rounds = float(np.sum(pipe.rounds))
     path = turn(jobs[0], rounds, later) if pipe.flows[0].steady else makespan(jobs, rounds, later)
     parts, first = [], 1
-    for flow, job, stages in zip(pipe.flows, jobs, values, strict=True):
+    for flow, w, stages in zip(pipe.flows, width, values, strict=True):
         for stage in stages:
-            often = path[first : first + job.upto.shape[1]]
-            first += job.upto.shape[1]
+            often = path[first : first + w]
+            first += w
             if often.any():
                 parts.append(repeat(often if flow.runs else float(often[0]), stage, runs=flow.runs))
     return parts
