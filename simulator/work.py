@@ -8,16 +8,14 @@ take the leaf's time as a function (`simulator.timing` makes it).
 
 from __future__ import annotations
 
-import functools
-import itertools
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from simulator.units import Array, Bytes, Count, Flops, Num, Seconds, maximum, where
+from simulator.schedule import jobs_of, makespan, turn
+from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, where
 
 RESOURCES = ("tensor", "vector", "special", "hbm", "link", "host")
 
@@ -181,21 +179,13 @@ class Flow:
     runs: bool = False
     steady: bool = False
     times: Sequence[Num] | None = None
-    _passes: tuple[Array, Array] | None = field(default=None, init=False)
-
-    def passes(self) -> tuple[Array, Array]:
-        """`crossings` of its counts, worked out once for all algebras."""
-        if self._passes is None:
-            self._passes = crossings(np.asarray(self.count, dtype=float)[None if not self.runs else ...])
-        return self._passes
 
 
 @dataclass(slots=True, eq=False)
 class Pipeline:
     """Microbatches through stages, forward only: the flows one after the other, `rounds` times (prompts in turn).
 
-    The time is that of a permutation flow shop (`makespan`).  One round of m microbatches in a steady flow takes
-    max(sum(t_s), m max(t_s)).
+    The time is that of `schedule.makespan`, or of `schedule.turn` for a steady flow.
     """
 
     flows: Sequence[Flow]
@@ -383,118 +373,18 @@ class SecondsSerial(Quantity):
 
     def pipeline(self, pipe: Pipeline, values: list[list[Num]]) -> Num:
         """Stages do overlap across GPUs."""
-        jobs = jobs_of(pipe, values)
-        total: Num = turn(jobs[0], pipe.rounds) if pipe.flows[0].steady else makespan(jobs, pipe.rounds)
-        return float(total) if np.ndim(total) == 0 else total
+        seconds: Num = _scheduled(pipe, values)
+        return seconds
 
 
-#: Microbatches of a growing flow at which the longest path may change stage: h of them apart, and g the difference of
-#: two stages' growth per microbatch, a change in between is worth at most g h^2 / 8 more.
-CROSSINGS = 8
-
-
-class Job(NamedTuple):
-    """The microbatches of a flow, by stage: the time of all up to each crossing and that of the crossing one, each
-    [crossing, ...], and for how many equal stages the stage stands.
-    """
-
-    upto: list[Array]
-    alone: list[Array]
-    times: Sequence[Num]
-
-
-def jobs_of(pipe: Pipeline, values: Sequence[Sequence[Num]]) -> list[Job]:
-    """The flows of a pipeline under the times of their stages."""
-    found: list[Job] = []
-    for flow, stages in zip(pipe.flows, values, strict=True):
-        upto, alone = flow.passes()
-        seconds = [np.broadcast_to(t, np.broadcast_shapes(np.shape(t), np.shape(flow.count))) for t in stages]
-        runs = seconds if flow.runs else [t[None] for t in seconds]
-        found.append(Job([_weighed(upto, t) for t in runs], [_weighed(alone, t) for t in runs], flow.times or [1.0] * len(stages)))
-    return found
-
-
-def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Callable[[Any, Any], Any] = np.maximum) -> Any:
-    """When the last stage is done with the last microbatch: each stage takes one at a time, in the order of `jobs`.
-
-    It is the longest monotone path through the grid of microbatches j and stages s (permutation flow shop).  With C_s(j) the
-    time of stage s for all microbatches up to j and t_s(j) that for j alone, stage s is done with j at
-    V_s(j) = C_s(j) + max(D_s, max over i <= j of V_(s-1)(i) - C_s(i) + t_s(i)), D_s when it is done with the job before.
-    Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once.
-
-    Within a run the times grow linearly (`crossings`), and i is one of CROSSINGS microbatches evenly spread over the job: exact
-    for equal microbatches and for up to CROSSINGS growing ones, otherwise short by at most g h^2 / 8 a stage (see there).
-    For n > 2 rounds every stage repeats the n - 2 between the first and the last on its own: the longest
-    max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of the first round that
-    ends on s, last_s that of the last that begins there.  It is the path of a real schedule, so never too long; paths
-    that change stage in three rounds or more are left out, worth less than (S - 1) (M - max d_s) in all with M the time of
-    one round, however many the rounds.
-    Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
-    """
-    start: list[Any] = [0.0 * jobs[0].alone[0][0]] * (2 * len(jobs[0].times))
-    first = _ends(jobs, start, later)
-    if np.ndim(rounds) == 0 and rounds == 1:
-        return first[-1]
-    between = maximum(rounds - 2, 0.0)
-    round_s = [functools.reduce(operator.add, [job.upto[s][-1] for job in jobs]) for s in range(len(jobs[0].times))]
-    last = _ends(jobs, [done + between * round_s[s // 2] for s, done in enumerate(first)], later)
-    return where(rounds > 1, last[-1], first[-1])
-
-
-def turn(job: Job, rounds: Num = 1.0, later: Callable[[Any, Any], Any] = np.maximum) -> Any:
-    """One round of m microbatches that go round without end: max(sum(t_s), m max(t_s))."""
-    every = functools.reduce(operator.add, [n * one[0] for n, one in zip(job.times, job.alone, strict=True)])
-    busiest = functools.reduce(later, [total[-1] for total in job.upto])
-    return rounds * later(every, busiest)
-
-
-def crossings(count: Array) -> tuple[Array, Array]:
-    """Weights [crossing, run] that make of the means of runs the time of all microbatches up to each crossing, and of that
-    microbatch alone.
-
-    A run of k with mean u, in which x have passed: x u + b x (x - k) / 2, b the slope between its neighbours' means.  The first
-    and the last run have no slope.
-    """
-    runs, total = len(count), np.sum(count, axis=0)
-    after = np.cumsum(count, axis=0)
-    start, middle = after - count, after - count / 2
-    number = CROSSINGS if runs > 1 else 1 + int(np.max(total) > 1)
-    here = np.round(np.linspace(0.0, 1.0, number).reshape(-1, *(1,) * total.ndim) * np.maximum(total - 1, 0.0))
-
-    def weights(passed: Array) -> Array:
-        found: Array = np.minimum(np.maximum(passed[:, None] - start, 0.0), count)
-        bends = found[:, 1:-1] * (found[:, 1:-1] - count[1:-1]) / (2 * np.maximum(middle[2:] - middle[:-2], 1.0))
-        found[:, 2:] += bends
-        found[:, :-2] -= bends
-        return found
-
-    upto = weights(here + 1)
-    return upto, upto - weights(here)
-
-
-def _weighed(weights: Array, seconds: Array) -> Array:
-    """Sum over runs of weight x seconds, [crossing, ...]."""
-    total: Array = np.einsum("gr...,r...->g...", weights, seconds)
-    return total
-
-
-def _ends(jobs: Sequence[Job], done: list[Any], later: Callable[[Any, Any], Any]) -> list[Any]:
-    """When each stage, before and after its equals, is done with the last microbatch, having been busy until `done`."""
-
-    def latest(x: Array) -> Array:
-        return np.array(list(itertools.accumulate(x, later)))
-
-    for job in jobs:
-        reached: Any = None
-        ended: list[Any] = []
-        for s, (total, one, times) in enumerate(zip(*job, strict=True)):
-            reached = total + (done[2 * s] if reached is None else later(done[2 * s], latest(reached - total + one)))
-            ended.append(reached[-1])
-            if np.ndim(times) or times > 1:
-                reached = total + later(done[2 * s + 1], latest(reached - total + np.maximum(times - 1, 0.0) * one))
-            ended.append(reached[-1])
-        done = ended
-    return done
+def _scheduled(pipe: Pipeline, values: Sequence[Sequence[Any]], later: Callable[[Any, Any], Any] = maximum) -> Any:
+    """The time of a pipeline under the seconds of its stages."""
+    flows = [(flow, stages, flow.times or [1.0] * len(stages)) for flow, stages in zip(pipe.flows, values, strict=True)]
+    flow, stages, times = flows[0]
+    if flow.steady:
+        return _scaled(pipe.rounds, turn(flow.count, stages, times, later))
+    jobs = [job for flow, stages, times in flows for job in jobs_of(flow.count, stages, times, runs=flow.runs)]
+    return makespan(jobs, pipe.rounds, later)
 
 
 class SecondsOverlapped(SecondsSerial):
@@ -660,35 +550,27 @@ class Rows:
 def _critical(
     pipe: Pipeline, values: Sequence[Sequence[Any]], repeat: Callable[..., Any], seconds: Callable[[Any], Num]
 ) -> list[Any]:
-    """The parts of a pipeline's time, for one question: `makespan` of vectors that carry, behind the seconds, how often the
-    longest path passes each microbatch and stage.
+    """The parts of a pipeline's time, for one question: its schedule with, in place of seconds, vectors that carry behind the
+    seconds how often the longest path passes each run on each stage.
     """
-    width = [np.shape(flow.count)[0] if flow.runs else 1 for flow in pipe.flows]
-    cells = np.eye(1 + sum(w * len(stages) for w, stages in zip(width, values, strict=True)))
-    jobs, first = [], 1
-    for flow, w, stages in zip(pipe.flows, width, values, strict=True):
-        upto, alone = flow.passes()
-        told = []
+    runs = [len(np.asarray(flow.count)) if flow.runs else 1 for flow in pipe.flows for _ in flow.stages]
+    cells = np.eye(1 + sum(runs))
+    ends = np.cumsum(runs) + 1
+    spans = iter([slice(end - n, end) for n, end in zip(runs, ends, strict=True)])
+    told: list[list[Any]] = []
+    places: list[tuple[Flow, Any, slice]] = []
+    for flow, stages in zip(pipe.flows, values, strict=True):
+        told.append([])
         for stage in stages:
-            cells[first : first + w, 0] = seconds(stage)
-            told.append(cells[first : first + w])
-            first += w
-        jobs.append(Job([_weighed(upto, t) for t in told], [_weighed(alone, t) for t in told], flow.times or [1.0] * len(stages)))
+            span = next(spans)
+            cells[span, 0] = seconds(stage)
+            told[-1].append(cells[span] if flow.runs else cells[span.start])
+            places.append((flow, stage, span))
 
-    def later(x: Array, y: Array) -> Array:
-        x, y = np.broadcast_arrays(x, y)
-        return np.where(x[..., :1] >= y[..., :1], x, y)
-
-    rounds = float(np.sum(pipe.rounds))
-    path = turn(jobs[0], rounds, later) if pipe.flows[0].steady else makespan(jobs, rounds, later)
-    parts, first = [], 1
-    for flow, w, stages in zip(pipe.flows, width, values, strict=True):
-        for stage in stages:
-            often = path[first : first + w]
-            first += w
-            if often.any():
-                parts.append(repeat(often if flow.runs else float(often[0]), stage, runs=flow.runs))
-    return parts
+    path = _scheduled(replace(pipe, rounds=float(np.max(pipe.rounds))), told, lambda x, y: x if x[0] >= y[0] else y)
+    return [
+        repeat(path[span] if flow.runs else float(path[span.start]), stage, runs=flow.runs) for flow, stage, span in places if path[span].any()
+    ]
 
 
 def _collapse(op: Leaf, count: Num) -> Leaf:

@@ -1,0 +1,150 @@
+"""When a pipeline is done: microbatches pass its stages in order, each stage one at a time (a permutation flow shop).
+
+The time is the longest path through the grid of microbatches and stages, one step right (next stage) or down (next
+microbatch) at a time: closed enough for arrays, since within a job of many microbatches only a few are tried as those at
+which the path changes stage.  Knows neither ops nor GPUs: a stage is its seconds.
+Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simulator.units import Count, Num, floor, maximum, minimum, where
+
+#: Microbatches of a growing job at which the longest path may change stage, evenly spread.  With h from one to the next and
+#: g the difference of two stages' growth per microbatch, a change in between is worth at most g h^2 / 8 more.
+CROSSINGS = 4
+
+#: The later of two times.
+Later = Callable[[Any, Any], Any]
+
+
+class Job(NamedTuple):
+    """`count` microbatches in a row: by stage their mean seconds and what each takes longer than the one before (None: they are
+    equal), and for how many equal stages a stage stands.
+    """
+
+    count: Count
+    means: Sequence[Any]
+    growths: Sequence[Any] | None
+    times: Sequence[Num]
+
+
+class Passage(NamedTuple):
+    """A job on one stage: seconds of all microbatches up to each crossing, and of the crossing one alone."""
+
+    upto: list[Any]
+    alone: list[Any]
+
+
+def jobs_of(count: Count, stages: Sequence[Any], times: Sequence[Num], *, runs: bool) -> list[Job]:
+    """The jobs of a flow.  With `runs`, the leading axis enumerates them: a run between two others grows linearly, at the
+    slope between its neighbours' means; the first and the last are equal microbatches.
+    """
+    if not runs:
+        return [Job(count, stages, None, times)]
+    counts = np.asarray(count)
+    middle = np.cumsum(counts, axis=0) - counts / 2
+    means = [[t[r] if np.ndim(t) >= counts.ndim else t for t in stages] for r in range(len(counts))]
+    found = [Job(counts[r], means[r], None, times) for r in range(len(counts))]
+    for r in range(1, len(counts) - 1):
+        apart = 1 / maximum(middle[r + 1] - middle[r - 1], 1.0)
+        found[r] = found[r]._replace(growths=[(b - a) * apart for a, b in zip(means[r - 1], means[r + 1], strict=True)])
+    return found
+
+
+def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Later = maximum) -> Any:
+    """Seconds until the last stage is done with the last microbatch of `rounds` times all `jobs`.
+
+    With C_s(j) the time of stage s for all microbatches of a job up to j and t_s(j) that for j alone, stage s is done with j at
+    V_s(j) = C_s(j) + max(D_s, max over i <= j of V_(s-1)(i) - C_s(i) + t_s(i)), D_s when it is done with the job before.
+    Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once.
+
+    Exact for equal microbatches and for up to CROSSINGS growing ones; otherwise never too long for linear growth, and short by
+    at most g h^2 / 8 a stage (see CROSSINGS).
+    For n > 2 rounds every stage repeats the n - 2 between the first and the last on its own: the longest
+    max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of the first round
+    that ends on s, last_s that of the last that begins there.  It is the path of a real schedule, so never too long; paths
+    that change stage in three rounds or more are left out, worth less than (S - 1) (M - max d_s) in all with M the time of
+    one round, however many the rounds.
+    `later` chooses between two times; one that keeps what it chose traces the path.
+
+    >>> makespan([Job(3.0, [2.0, 5.0], None, [1.0, 1.0])])
+    17.0
+    """
+    passed = [(passages(job), job.times) for job in jobs]
+    never = 0.0 * passed[0][0][0].alone[0]
+    first = _ends(passed, [(never, never)] * len(jobs[0].times), later)
+    if np.ndim(rounds) == 0 and rounds == 1:
+        return first[-1][1]
+    between = maximum(rounds - 2, 0.0)
+    alone = [between * sum(stages[s].upto[-1] for stages, _ in passed) for s in range(len(first))]
+    last = _ends(passed, [(a + d, b + d) for (a, b), d in zip(first, alone, strict=True)], later)
+    return where(rounds > 1, last[-1][1], first[-1][1])
+
+
+def turn(count: Count, stages: Sequence[Any], times: Sequence[Num], later: Later = maximum) -> Any:
+    """Seconds of one round of m microbatches that go round without end: max(sum(t_s), m max(t_s)).
+
+    >>> turn(2.0, [3.0, 4.0], [1.0, 1.0]), turn(1.0, [3.0, 4.0], [1.0, 1.0])
+    (8.0, 7.0)
+    """
+    every, busiest = times[0] * stages[0], stages[0]
+    for n, seconds in zip(times[1:], stages[1:], strict=True):
+        every, busiest = every + n * seconds, later(busiest, seconds)
+    return later(every, count * busiest)
+
+
+def passages(job: Job) -> list[Passage]:
+    """The job on every stage.
+
+    Of n microbatches with mean u and growth b, the first x take x u + b x (x - n) / 2 and the x-th u + b (x - (n + 1) / 2).
+    Less than one microbatch is one that is so much shorter.
+    """
+    n, one = job.count, minimum(job.count, 1.0)
+    if not np.any(n > 1):
+        return [Passage([n * mean], [n * mean]) for mean in job.means]
+    if job.growths is None:
+        return [Passage([one * mean, n * mean], [one * mean] * 2) for mean in job.means]
+    steps = [k / (CROSSINGS - 1) for k in range(1, CROSSINGS - 1)]
+    here = [one, *(minimum(1 + floor(step * (n - 1) + 0.5), n) for step in steps), n]
+    bends = [0.5 * x * (x - n) for x in here[:-1]]
+    leans = [x - 0.5 * (one + n) for x in here]
+    found = []
+    for mean, growth in zip(job.means, job.growths, strict=True):
+        alike = one * mean
+        upto = [x * mean + bend * growth for x, bend in zip(here, bends, strict=False)]
+        found.append(Passage([*upto, n * mean], [alike + lean * growth for lean in leans]))
+    return found
+
+
+def _ends(
+    jobs: Sequence[tuple[Sequence[Passage], Sequence[Num]]], done: list[tuple[Any, Any]], later: Later
+) -> list[tuple[Any, Any]]:
+    """When each stage, the first and the last of its equals, is done with all jobs, having been busy until `done`."""
+    for stages, times in jobs:
+        ended: list[tuple[Any, Any]] = []
+        reached: list[Any] = []
+        for stage, equal, (before, after) in zip(stages, times, done, strict=True):
+            reached = _through(stage, reached, before, 1.0, later) if reached else [before + total for total in stage.upto]
+            first = reached[-1]
+            if np.ndim(equal) or equal > 1:
+                reached = _through(stage, reached, after, maximum(equal - 1, 0.0), later)
+            ended.append((first, reached[-1]))
+        done = ended
+    return done
+
+
+def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: Num, later: Later) -> list[Any]:
+    """When the last of `times` equal stages, busy until `busy`, is done with each crossing that the stage before did at
+    `reached`.
+    """
+    found = []
+    for at, total, one in zip(reached, stage.upto, stage.alone, strict=True):
+        busy = later(busy, at - total + times * one)
+        found.append(busy + total)
+    return found
