@@ -13,7 +13,7 @@ import multiprocessing.pool
 import os
 import pickle
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -251,6 +251,10 @@ def bare(
 
 #: Cells evaluated together: enough to hide the cost of a call, few enough that a layer's arrays stay near the core.
 BLOCK = 16384
+#: Rows of a layout below which they share a block with another's.
+_FEW = 1024
+#: Under the roots of primes plus degrees no two likely layouts weigh the same.
+_PRIMES = (2, 3, 5, 7, 11, 13)
 #: Names of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -322,17 +326,39 @@ def _answer(share: _Share, memory: Array | None = None) -> None:
     model, cluster, calibration, engine, layout, phase = _unpacked(share.shared)
     fields_of = [f.name for f in fields(Bare)]
     memory = _arena(len(share.arrays) + len(fields_of), share.cells) if memory is None else memory
-    for start in range(share.start, share.stop, share.block):
-        cut = slice(start, min(start + share.block, share.stop))
-        given: dict[str, dict[str, Array]] = {"layout": {}, "phase": {}}
+    degrees = [row for row, (part, _) in enumerate(share.arrays) if part == "layout"]
+    depth = next((row for row in degrees if share.arrays[row][1] == "pp"), None)
+    for rows in _blocks(memory, share, degrees, depth):
+        given: dict[str, dict[str, Num]] = {"layout": {}, "phase": {}}
         for row, (part, name) in enumerate(share.arrays):
-            given[part][name] = memory[row, cut]
+            values = memory[row, rows]
+            given[part][name] = float(values[0]) if values[0] == values[-1] and np.all(values == values[0]) else values
         part_of = bare(
-            model, cluster, replace(layout, **given["layout"]), replace(phase, **given["phase"]),  # type: ignore[arg-type]
+            model, cluster, replace(layout, **given["layout"]), replace(phase, **given["phase"]),
             calibration=calibration, engine=engine, with_footprint=share.with_footprint,
         )  # fmt: skip
         for row, name in enumerate(fields_of, start=len(share.arrays)):
-            memory[row, cut] = getattr(part_of, name)
+            memory[row, rows] = getattr(part_of, name)
+
+
+def _blocks(memory: Array, share: _Share, degrees: list[int], depth: int | None) -> Iterator[Any]:
+    """Which rows are evaluated together: those of a layout as far as a block goes, small layouts with their neighbours, but
+    never two depths of pipeline, whose trees have different stages.
+    """
+    if not degrees:
+        yield from (slice(start, min(start + share.block, share.stop)) for start in range(share.start, share.stop, share.block))
+        return
+    cells = memory[:, share.start : share.stop]
+    # one number per layout, but for chance: what a block's rows share is looked up in them, not in it
+    key = sum(np.sqrt(prime + cells[row]) for prime, row in zip(_PRIMES, degrees, strict=False))
+    order = np.argsort(key) if depth is None else np.lexsort((key, cells[depth]))
+    changes = np.flatnonzero(np.diff(key[order])) + 1
+    deeper = set() if depth is None else set(np.flatnonzero(np.diff(cells[depth][order])) + 1)
+    start = 0
+    for stop in (*changes, len(order)):
+        if stop - start >= min(share.block, _FEW) or stop in deeper or stop == len(order):
+            yield from (share.start + order[first : min(first + share.block, stop)] for first in range(start, stop, share.block))
+            start = stop
 
 
 #: Memory shared with the workers, made before they are forked: questions and answers need not be copied through pipes.

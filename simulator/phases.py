@@ -69,7 +69,7 @@ class System:
 
     def __init__(self, model: ModelSpec, layout: Layout, cache: CacheFormat | None = None) -> None:
         self.model, self.layout, self.cache = model, layout.place(model), cache or model.cache
-        self.stages: list[Stage] = self.layout.pipeline.stages(model)
+        self.stages: list[Stage] = self.layout.pipeline.distinct(model)
         self.times = [stage.times for stage in self.stages]
 
     def _layer(self, layer: Layer, segments: tuple[Segment, ...], direction: Direction) -> Work:
@@ -79,7 +79,7 @@ class System:
     def step(
         self, segments: tuple[Segment, ...], *, host: Host | None = None, direction: Direction = Direction.FORWARD
     ) -> list[Work]:
-        """The work of one step on each stage."""
+        """The work of one step on each stage; equal neighbours are one (`times`)."""
 
         def later(*layers: Layer) -> Work:
             return Serial([Later(partial(self._layer, layer, segments, direction)) for layer in layers])

@@ -103,22 +103,25 @@ def passages(job: Job) -> list[Passage]:
     """The job on every stage.
 
     Of n microbatches with mean u and growth b, the first x take x u + b x (x - n) / 2 and the x-th u + b (x - (n + 1) / 2).
-    Less than one microbatch is one that is so much shorter.
+    Less than one microbatch is one that is so much shorter.  The first crossing is the first microbatch: one object twice.
     """
     n, one = job.count, minimum(job.count, 1.0)
     if not np.any(n > 1):
-        return [Passage([n * mean], [n * mean]) for mean in job.means]
+        alone = [[n * mean] for mean in job.means]
+        return [Passage(seconds, seconds) for seconds in alone]
     if job.growths is None:
-        return [Passage([one * mean, n * mean], [one * mean] * 2) for mean in job.means]
+        alone = [[one * mean] * 2 for mean in job.means]
+        return [Passage([seconds[0], n * mean], seconds) for mean, seconds in zip(job.means, alone, strict=True)]
     steps = [k / (CROSSINGS - 1) for k in range(1, CROSSINGS - 1)]
     here = [one, *(minimum(1 + floor(step * (n - 1) + 0.5), n) for step in steps), n]
-    bends = [0.5 * x * (x - n) for x in here[:-1]]
+    bends = [0.5 * x * (x - n) for x in here[1:-1]]
     leans = [x - 0.5 * (one + n) for x in here]
     found = []
     for mean, growth in zip(job.means, job.growths, strict=True):
         alike = one * mean
-        upto = [x * mean + bend * growth for x, bend in zip(here, bends, strict=False)]
-        found.append(Passage([*upto, n * mean], [alike + lean * growth for lean in leans]))
+        alone = [alike + lean * growth for lean in leans]
+        upto = [x * mean + bend * growth for x, bend in zip(here[1:-1], bends, strict=True)]
+        found.append(Passage([alone[0], *upto, n * mean], alone))
     return found
 
 
@@ -143,8 +146,13 @@ def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: Num, late
     """When the last of `times` equal stages, busy until `busy`, is done with each crossing that the stage before did at
     `reached`.
     """
+    once = type(times) is float and times == 1.0
     found = []
     for at, total, one in zip(reached, stage.upto, stage.alone, strict=True):
-        busy = later(busy, at - total + times * one)
+        if once:
+            ready = at if total is one else at - total + one
+        else:
+            ready = at + (times - 1) * one if total is one else at - total + times * one
+        busy = later(busy, ready)
         found.append(busy + total)
     return found

@@ -138,7 +138,7 @@ def test_stages_share_the_flops(name: str) -> None:
     for pp in (2, 3, 4):
         system = System(model(name), Layout(pp=pp))
         stages = [fold(stage, flops) for stage in system.step((Segment(1.0, 4096.0, 0.0),))]
-        assert sum(stages) == pytest.approx(alone, rel=1e-12)
+        assert np.dot(stages, system.times) == pytest.approx(alone, rel=1e-12)
         assert fold(system.work(Prefill(4096.0)), flops) == pytest.approx(max(stages), rel=1e-12)
 
 
@@ -223,12 +223,14 @@ def test_experts_are_reached_by_two_all_to_alls_of_the_busiest_ranks_rows() -> N
 @pytest.mark.parametrize("pp", [2, 3, 4])
 def test_a_stage_sends_its_tokens_once_and_the_last_sends_nothing(pp: int) -> None:
     wire = quantity("wire_bytes")
-    stages = [fold(stage, wire) for stage in System(model(LLAMA), Layout(pp=pp)).step((Segment(1.0, 1000.0, 0.0),))]
+    alone, shared = System(model(LLAMA), Layout(pp=pp)), System(model(LLAMA), Layout(tp=2, pp=pp))
+    segments = (Segment(1.0, 1000.0, 0.0),)
+    stages = [fold(stage, wire) for stage, equal in zip(alone.step(segments), alone.times, strict=True) for _ in range(int(equal))]
     assert stages == [1000 * 2 * 8192 * 2] * (pp - 1) + [0]
     sends = [
         op.payload_bytes
-        for stage in System(model(LLAMA), Layout(tp=2, pp=pp)).step((Segment(1.0, 1000.0, 0.0),))
-        for times, op in leaves(stage)
+        for stage, equal in zip(shared.step(segments), shared.times, strict=True)
+        for times, op in leaves(stage) * int(equal)
         if isinstance(op, Message) and op.pattern == "send" and times
     ]
     assert sends == [1000 * 8192 * 2] * (pp - 1)

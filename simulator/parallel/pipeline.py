@@ -59,6 +59,19 @@ class Pipeline(Scheme):
             found.append(Stage(s, counts, *rest))
         return found
 
+    def distinct(self, model: ModelSpec) -> list[Stage]:
+        """The stages with equal neighbours as one that stands for them; of an array of degrees all of them."""
+        stages = self.stages(model)
+        if isinstance(self.degree, np.ndarray):
+            return stages
+        found = stages[:1]
+        for stage in stages[1:]:
+            if stage[1:-1] == found[-1][1:-1]:
+                found[-1] = found[-1]._replace(times=found[-1].times + 1)
+            else:
+                found.append(stage)
+        return found
+
     def hand_over(self, tokens: Tokens) -> Work | None:
         """The send from a stage to the next: residual stream and block output, each rank of the tensor group its part."""
         if is_one(self.degree):
