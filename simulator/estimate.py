@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import math
 import mmap
 import multiprocessing.pool
 import os
 import pickle
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from simulator.calibration import Calibration, Family
 from simulator.dtypes import CacheFormat
@@ -266,42 +268,70 @@ def sweep(
 ) -> Bare:  # fmt: skip
     """`bare` over arrays of any length, block by block; equal to it cell by cell.
 
-    More than two blocks are shared among `workers` processes (default: one per core), forked once and kept; where the system
-    cannot fork, one after the other.
+    Rows of a layout are evaluated together, and what all rows of a block share is asked as a number.  More than two blocks are
+    shared among `workers` processes (default: one per core), forked once and kept; where the system cannot fork, one after
+    the other.
     """
     calibration = calibration or Calibration.load(cluster.gpu)
     asked = {"layout": layout, "phase": phase}
     arrays = [(part, f.name) for part, thing in asked.items() for f in fields(thing) if isinstance(getattr(thing, f.name), np.ndarray)]
     cells = max((np.size(getattr(asked[part], name)) for part, name in arrays), default=1)
-    workers = workers or os.cpu_count() or 1
-    pool = _pool(workers) if cells > 2 * block else None
-    rows = len(arrays) + len(fields(Bare))
-    most = cells if pool is None else len(_ARENA) // (8 * rows)
+    values = [np.broadcast_to(getattr(asked[part], name), cells) for part, name in arrays]
+    names = [f.name for f in fields(Bare)]
+    pool = _pool(workers or os.cpu_count() or 1) if cells > 2 * block else None
+    most = cells if pool is None else len(_ARENA) // (8 * (len(arrays) + len(names)))
+    degrees = {name: value for (part, name), value in zip(arrays, values, strict=True) if part == "layout"}
+    order, blocks = _arranged(degrees, cells, min(block, max(most, 1)))
     shared = pickle.dumps((model, cluster, calibration, engine, _plain(layout), _plain(phase)))
-    done = []
+    answers = np.empty((len(names), cells))
     with _LOCK:
-        for first in range(0, cells, most):
-            size = min(most, cells - first)
-            memory = np.empty((rows, size)) if pool is None else _arena(rows, size)
-            for row, (part, name) in enumerate(arrays):
-                memory[row] = getattr(asked[part], name)[first : first + size]
-            share = size if pool is None else -(-size // workers)
-            shares = [
-                _Share(shared, tuple(arrays), size, start, min(start + share, size), block, with_footprint) for start in range(0, size, share)
-            ]
+        while blocks:
+            first = blocks[0].start
+            batch = [blocks.pop(0)]
+            while blocks and blocks[0].stop - first <= most:
+                batch.append(blocks.pop(0))
+            rows = order[first : batch[-1].stop]
+            memory = np.empty((len(arrays) + len(names), len(rows))) if pool is None else _arena(len(arrays) + len(names), len(rows))
+            for row, value in enumerate(values):
+                np.take(value, rows, out=memory[row])
+            shares = [_Share(shared, tuple(arrays), len(rows), b.start - first, b.stop - first, with_footprint) for b in batch]
             if pool is None:
-                _answer(shares[0], memory)
+                for share in shares:
+                    _answer(share, memory)
             else:
                 pool.map(_answer, shares, chunksize=1)
-            answers = memory[len(arrays) :]
-            done.append(answers.copy() if cells > most else answers)
-        joined = np.concatenate(done, axis=1)
-    return Bare(*joined)
+            for answer, found in zip(answers, memory[len(arrays) :], strict=True):
+                answer[rows] = found
+    return Bare(*answers)
+
+
+def _arranged(degrees: Mapping[str, Array], cells: int, block: int) -> tuple[npt.NDArray[np.intp], list[slice]]:
+    """The order in which cells are evaluated, and which of them together: those of a layout as far as a block goes, layouts of
+    few cells with their neighbours, but never two depths of pipeline, whose trees have different stages.  Deep ones, which
+    take longest, come first.
+    """
+    order, changes, deeper = np.arange(cells), np.zeros(0, dtype=int), set[int]()
+    if degrees:
+        # one number per layout, but for chance: what a block's rows share is looked up in them, not in it
+        key: Array = sum((np.sqrt(prime + value) for prime, value in zip(_PRIMES, degrees.values(), strict=False)), np.zeros(cells))
+        depth = degrees.get("pp", np.zeros(cells))
+        order = np.argsort(key - 1e3 * depth)
+        changes = np.flatnonzero(np.diff(key[order])) + 1
+        deeper = set((np.flatnonzero(np.diff(depth[order])) + 1).tolist())
+    blocks: list[slice] = []
+    start = 0
+    for stop in (*changes.tolist(), cells):
+        if stop > start and (stop - start >= min(block, _FEW) or stop in deeper or stop == cells):
+            parts = -(-(stop - start) // block)
+            edges = [start + (stop - start) * part // parts for part in range(parts + 1)]
+            blocks += [slice(*pair) for pair in itertools.pairwise(edges)]
+            start = stop
+    return order, blocks
 
 
 class _Share(NamedTuple):
-    """A worker's cells, `start` to `stop` of `cells` that lie in the arena, and what all cells have in common, as bytes
-    it unpacks once.  `arrays` names the rows of the arena that are questions; the rows after them are the answers.
+    """A block's cells, `start` to `stop` of `cells` that lie in the arena, and what all cells have in common, as bytes a worker
+    unpacks once.  `arrays` names the rows of the arena that are questions; the rows after them are the answers.
     """
 
     shared: bytes
@@ -309,7 +339,6 @@ class _Share(NamedTuple):
     cells: int
     start: int
     stop: int
-    block: int
     with_footprint: bool
 
 
@@ -322,43 +351,20 @@ def _unpacked(shared: bytes) -> tuple[ModelSpec, Cluster, Calibration, Engine | 
 
 
 def _answer(share: _Share, memory: Array | None = None) -> None:
-    """Write the fields of `Bare` as rows behind the questions, block after block."""
+    """Write the fields of `Bare` as rows behind the questions."""
     model, cluster, calibration, engine, layout, phase = _unpacked(share.shared)
-    fields_of = [f.name for f in fields(Bare)]
-    memory = _arena(len(share.arrays) + len(fields_of), share.cells) if memory is None else memory
-    degrees = [row for row, (part, _) in enumerate(share.arrays) if part == "layout"]
-    depth = next((row for row in degrees if share.arrays[row][1] == "pp"), None)
-    for rows in _blocks(memory, share, degrees, depth):
-        given: dict[str, dict[str, Num]] = {"layout": {}, "phase": {}}
-        for row, (part, name) in enumerate(share.arrays):
-            values = memory[row, rows]
-            given[part][name] = float(values[0]) if values[0] == values[-1] and np.all(values == values[0]) else values
-        part_of = bare(
-            model, cluster, replace(layout, **given["layout"]), replace(phase, **given["phase"]),
-            calibration=calibration, engine=engine, with_footprint=share.with_footprint,
-        )  # fmt: skip
-        for row, name in enumerate(fields_of, start=len(share.arrays)):
-            memory[row, rows] = getattr(part_of, name)
-
-
-def _blocks(memory: Array, share: _Share, degrees: list[int], depth: int | None) -> Iterator[Any]:
-    """Which rows are evaluated together: those of a layout as far as a block goes, small layouts with their neighbours, but
-    never two depths of pipeline, whose trees have different stages.
-    """
-    if not degrees:
-        yield from (slice(start, min(start + share.block, share.stop)) for start in range(share.start, share.stop, share.block))
-        return
-    cells = memory[:, share.start : share.stop]
-    # one number per layout, but for chance: what a block's rows share is looked up in them, not in it
-    key = sum(np.sqrt(prime + cells[row]) for prime, row in zip(_PRIMES, degrees, strict=False))
-    order = np.argsort(key) if depth is None else np.lexsort((key, cells[depth]))
-    changes = np.flatnonzero(np.diff(key[order])) + 1
-    deeper = set() if depth is None else set(np.flatnonzero(np.diff(cells[depth][order])) + 1)
-    start = 0
-    for stop in (*changes, len(order)):
-        if stop - start >= min(share.block, _FEW) or stop in deeper or stop == len(order):
-            yield from (share.start + order[first : min(first + share.block, stop)] for first in range(start, stop, share.block))
-            start = stop
+    names = [f.name for f in fields(Bare)]
+    memory = _arena(len(share.arrays) + len(names), share.cells) if memory is None else memory
+    cut = memory[:, share.start : share.stop]
+    given: dict[str, dict[str, Num]] = {"layout": {}, "phase": {}}
+    for (part, name), values in zip(share.arrays, cut, strict=False):
+        given[part][name] = float(values[0]) if values[0] == values[-1] and np.all(values == values[0]) else values
+    found = bare(
+        model, cluster, replace(layout, **given["layout"]), replace(phase, **given["phase"]),
+        calibration=calibration, engine=engine, with_footprint=share.with_footprint,
+    )  # fmt: skip
+    for name, answer in zip(names, cut[len(share.arrays) :], strict=True):
+        answer[:] = getattr(found, name)
 
 
 #: Memory shared with the workers, made before they are forked: questions and answers need not be copied through pipes.

@@ -485,6 +485,13 @@ def test_a_sweep_of_one_question_is_one_row() -> None:
     assert found.seconds[0] == estimate(model("meta-llama/Meta-Llama-3.1-8B"), machine("h200"), Layout(), Decode(1000.0)).seconds.value  # type: ignore[index]
 
 
+def test_a_sweep_of_no_question_is_no_row_and_one_degree_is_every_rows() -> None:
+    spec, part = model("meta-llama/Meta-Llama-3.1-8B"), machine("h200", 8)
+    assert sweep(spec, part, Layout(tp=np.zeros(0)), Decode(1000.0)).seconds.shape == (0,)  # type: ignore[union-attr]
+    one, each = (sweep(spec, part, Layout(tp=np.full(n, 2.0)), Decode(np.array([1000.0, 2000.0, 3000.0]))) for n in (1, 3))
+    assert np.array_equal(one.seconds, each.seconds)
+
+
 @main_models
 def test_asking_twice_gives_the_same_answer(name: str) -> None:
     for layout, phase in questions(name, 3, 6):
