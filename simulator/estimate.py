@@ -29,9 +29,9 @@ from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import DEGREES, Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
-from simulator.timing import Clock, bounded, calibrated, clock_of
-from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum
-from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
+from simulator.timing import Clock, bounded, calibrated, clock_of, once
+from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
+from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsOverlapped, SecondsSerial, Together, Work, fold, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004
@@ -85,12 +85,12 @@ def interval(by_family: Mapping[Family, Num], calibration: Calibration, value: f
     and independent between families.  No time lies below its bound, so neither does the low end.
     Basis: the weakest of the families that make up 5 % of the time or more.
     """
-    total = sum(float(np.sum(v)) for v in by_family.values())
-    if not total or not value:
+    whole = sum(total(v) for v in by_family.values())
+    if not whole or not value:
         return Interval(value, value, value, "analytic")
     variance, basis = calibration.common_sigma**2, "measured"
     for family, seconds in by_family.items():
-        constants, share = calibration.constants(family), float(np.sum(seconds)) / total
+        constants, share = calibration.constants(family), total(seconds) / whole
         variance += (share * constants.sigma) ** 2
         if share >= 0.05:  # noqa: PLR2004
             basis = max(basis, constants.basis, key=_ORDER.index)
@@ -130,9 +130,9 @@ class Estimate:
         by: dict[str, float] = {}
         for row in self.rows:
             resource = binding_resource(clock, row.op)
-            by[resource] = by.get(resource, 0.0) + float(np.sum(row.seconds))
-        most, total = max(by, key=by.__getitem__), sum(by.values())
-        return f"{_RESOURCE_NAMES[most]} ({by[most] / total:.0%} of the time)" if total else "nothing"
+            by[resource] = by.get(resource, 0.0) + total(row.seconds)
+        most, whole = max(by, key=by.__getitem__), sum(by.values())
+        return f"{_RESOURCE_NAMES[most]} ({by[most] / whole:.0%} of the time)" if whole else "nothing"
 
 
 _RESOURCE_NAMES = {
@@ -166,11 +166,12 @@ def estimate(
     calibration = calibration or Calibration.load(cluster.gpu)
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
-    clock, amounts = Clock(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
+    clock, amounts = clock_of(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
+    expected = once(clock.expected)
     lower, value, upper, by_family, rows, (_, peak), *totals = fold(
         work,
         Together(
-            bounded(clock), calibrated(clock), SecondsSerial(clock.expected), ByKernel(clock.expected), Rows(clock.expected),
+            bounded(clock), SecondsOverlapped(expected, clock.demand), SecondsSerial(expected), ByKernel(expected), Rows(expected),
             PeakBytes(keeps_saved=False), *(quantity(name) for name in amounts),
         ),
     )  # fmt: skip
@@ -178,7 +179,7 @@ def estimate(
         model=model, layout=layout, cluster=cluster, phase=phase, lower=float(lower),
         seconds=interval(by_family, calibration, float(value), float(lower)), upper=float(upper),
         footprint=_held(system, phase, peak), rows=_merged(rows), calibration=calibration, work=work,
-        **{name: float(np.sum(total)) for name, total in zip(amounts, totals, strict=True)},
+        **{name: total(amount) for name, amount in zip(amounts, totals, strict=True)},
     )  # fmt: skip
 
 
@@ -215,11 +216,11 @@ def _merged(rows: list[Row]) -> list[Row]:
     """Rows of the same op of the same size become one; in order of first appearance."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = (row.op.name, row.op.family, float(np.sum(row.op.flops)), float(np.sum(row.op.hbm_bytes)), float(np.sum(row.op.wire_bytes)))
+        key = (row.op.name, row.op.family, total(row.op.flops), total(row.op.hbm_bytes), total(row.op.wire_bytes))
         if key in found:
-            found[key] = Row(row.op, found[key].count + row.count, found[key].seconds + float(np.sum(row.seconds)))
+            found[key] = Row(row.op, found[key].count + row.count, found[key].seconds + total(row.seconds))
         else:
-            found[key] = Row(row.op, row.count, float(np.sum(row.seconds)))
+            found[key] = Row(row.op, row.count, total(row.seconds))
     return [row for row in found.values() if row.count]
 
 
@@ -256,7 +257,7 @@ BLOCK = 16384
 #: Rows of a layout below which they share a block with another's.
 _FEW = 1024
 #: Under the roots of primes plus degrees no two likely layouts weigh the same.
-_PRIMES = (2, 3, 5, 7, 11, 13)
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
 #: Names of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -360,7 +361,7 @@ def _answer(share: _Share, memory: Array | None = None) -> None:
     for (part, name), values in zip(share.arrays, cut, strict=False):
         given[part][name] = float(values[0]) if values[0] == values[-1] and np.all(values == values[0]) else values
     found = bare(
-        model, cluster, replace(layout, **given["layout"]), replace(phase, **given["phase"]),
+        model, cluster, replace(layout, **given["layout"]), replace(phase, **given["phase"]),  # type: ignore[arg-type]
         calibration=calibration, engine=engine, with_footprint=share.with_footprint,
     )  # fmt: skip
     for name, answer in zip(names, cut[len(share.arrays) :], strict=True):

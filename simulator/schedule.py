@@ -24,11 +24,11 @@ Later = Callable[[Any, Any], Any]
 
 
 class Job(NamedTuple):
-    """`count` microbatches in a row: by stage their mean seconds and what each takes longer than the one before (None: they are
+    """`number` microbatches in a row: by stage their mean seconds and what each takes longer than the one before (None: they are
     equal), and for how many equal stages a stage stands.
     """
 
-    count: Count
+    number: Count
     means: Sequence[Any]
     growths: Sequence[Any] | None
     times: Sequence[Num]
@@ -105,7 +105,7 @@ def passages(job: Job) -> list[Passage]:
     Of n microbatches with mean u and growth b, the first x take x u + b x (x - n) / 2 and the x-th u + b (x - (n + 1) / 2).
     Less than one microbatch is one that is so much shorter.  The first crossing is the first microbatch: one object twice.
     """
-    n, one = job.count, minimum(job.count, 1.0)
+    n, one = job.number, minimum(job.number, 1.0)
     if not np.any(n > 1):
         alone = [[n * mean] for mean in job.means]
         return [Passage(seconds, seconds) for seconds in alone]

@@ -8,7 +8,7 @@ Source: FORMULAS 3.7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -82,6 +82,19 @@ class Clock:
             if type(launched.exponentials) is not float or launched.exponentials:
                 parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))
         return where_any(op.hbm_bytes, smooth_max(parts, constants.power) + constants.launch_s)
+
+
+def once(seconds: Callable[[Leaf], Seconds]) -> Callable[[Leaf], Seconds]:
+    """The same function, worked out once where several algebras ask about the same leaf in turn."""
+    last: tuple[Leaf | None, Seconds] = (None, 0.0)
+
+    def remembered(op: Leaf) -> Seconds:
+        nonlocal last
+        if op is not last[0]:
+            last = (op, seconds(op))
+        return last[1]
+
+    return remembered
 
 
 _clocks: dict[tuple[int, int], Clock] = {}

@@ -189,6 +189,11 @@ def where(condition: Any, x: Num, y: Num) -> Num:
     return np.where(condition, x, y)
 
 
+def total(x: Num) -> float:
+    """Sum of all elements of `x`."""
+    return float(x) if type(x) in _PLAIN else float(np.add.reduce(x, axis=None))
+
+
 def root(x: Num, power: int) -> Num:
     """The `power`-th root for a power of two, by square roots."""
     while power > 1:

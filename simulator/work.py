@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from simulator.schedule import jobs_of, makespan, turn
-from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, where
+from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, total, where
 
 RESOURCES = ("tensor", "vector", "special", "hbm", "link", "host")
 
@@ -304,8 +304,11 @@ def _sum(values: Sequence[Num]) -> Num:
 def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
     if not runs:
         return count * value
-    total: Num = np.sum(count, axis=0) * value if np.ndim(value) < np.ndim(count) else np.sum(count * value, axis=0)
-    return total
+    if isinstance(value, np.ndarray) and value.ndim >= np.ndim(count):
+        summed: Num = np.add.reduce(count * value, axis=0)
+    else:
+        summed = np.add.reduce(count, axis=0) * value
+    return float(summed) if isinstance(summed, np.float64) else summed
 
 
 def _scaled(count: Num, value: Num) -> Num:
@@ -529,9 +532,9 @@ class Rows:
 
     def repeat(self, count: Num, value: list[Row], *, runs: bool) -> list[Row]:
         """Rows times count."""
-        total = float(np.sum(count)) if runs else count
+        steps = total(count) if runs else count
         return [
-            Row(_collapse(row.op, count) if runs else row.op, row.count * total, _repeated(count, row.seconds, runs=runs))
+            Row(_collapse(row.op, count) if runs else row.op, row.count * steps, _repeated(count, row.seconds, runs=runs))
             for row in value
         ]
 
@@ -575,12 +578,12 @@ def _critical(
 
 def _collapse(op: Leaf, count: Num) -> Leaf:
     """The op with each quantity replaced by its mean over the runs (the sum divided by the number of steps)."""
-    steps = np.sum(count)
+    steps = total(count)
     if steps == 0:
         return op
 
     def mean(value: Any) -> Any:
-        return float(np.sum(count * value) / steps) if isinstance(value, np.ndarray) and value.ndim else value
+        return total(count * value) / steps if isinstance(value, np.ndarray) and value.ndim else value
 
     changes = {name: mean(getattr(op, name)) for name in op.__slots__ if isinstance(getattr(op, name), np.ndarray)}
     if isinstance(op, Op):
@@ -611,7 +614,7 @@ class ByKernel:
 
     def overlap(self, parts: Sequence[Work], values: list[dict[tuple[str, str, str], Num]]) -> dict[tuple[str, str, str], Num]:  # noqa: ARG002
         """The part that takes longest."""
-        return max(values, key=lambda v: float(np.sum(_sum(list(v.values())))))
+        return max(values, key=lambda v: total(_sum(list(v.values()))))
 
     def repeat(self, count: Num, value: dict[tuple[str, str, str], Num], *, runs: bool) -> dict[tuple[str, str, str], Num]:
         """Times count."""
