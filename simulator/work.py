@@ -231,11 +231,13 @@ def fold(work: Work, algebra: Algebra) -> Any:
     """Evaluate `work` under `algebra`."""
     known: dict[int, tuple[Later, Any]] = {}
 
+    leaf, serial = algebra.leaf, algebra.serial
+
     def value(node: Work) -> Any:
         if isinstance(node, (Op, Message)):
-            return algebra.leaf(node)
+            return leaf(node)
         if isinstance(node, Serial):
-            return algebra.serial([value(part) for part in node.parts])
+            return serial([value(part) for part in node.parts])
         if isinstance(node, Repeat):
             return algebra.repeat(node.count, value(node.work), runs=node.runs)
         if isinstance(node, Later):
@@ -258,14 +260,17 @@ class Together:
 
     def __init__(self, *algebras: Algebra) -> None:
         self.algebras = algebras
+        self.leaves = [algebra.leaf for algebra in algebras]
 
     def leaf(self, op: Leaf) -> tuple[Any, ...]:
         """Each on its own."""
-        return tuple([a.leaf(op) for a in self.algebras])
+        return tuple([leaf(op) for leaf in self.leaves])
 
     def serial(self, values: list[Any]) -> tuple[Any, ...]:
         """Each on its own."""
-        return tuple([a.serial([v[i] for v in values]) for i, a in enumerate(self.algebras)])
+        if not values:
+            return tuple([a.serial([]) for a in self.algebras])
+        return tuple([a.serial(each) for a, each in zip(self.algebras, map(list, zip(*values, strict=True)), strict=True)])
 
     def overlap(self, parts: Sequence[Work], values: list[Any]) -> tuple[Any, ...]:
         """Each on its own."""
@@ -368,11 +373,7 @@ class SecondsSerial(Quantity):
     """Seconds when nothing overlaps: each leaf at `leaf_seconds`, everything one after the other."""
 
     def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
-        self.leaf_seconds = leaf_seconds
-
-    def leaf(self, op: Leaf) -> Seconds:
-        """Time of one op."""
-        return self.leaf_seconds(op)
+        self.leaf = leaf_seconds  # type: ignore[assignment]
 
     def pipeline(self, pipe: Pipeline, values: list[list[Num]]) -> Num:
         """Stages do overlap across GPUs."""
