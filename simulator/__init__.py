@@ -10,11 +10,12 @@ from simulator.hardware import cluster
 from simulator.hf import load_model
 from simulator.parallel import Layout
 from simulator.phases import Decode, Mixed, Prefill
-from simulator.plan import size
+from simulator.planner import plan, size
 from simulator.serving import Request
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Calibration", "Decode", "Layout", "Mixed", "Prefill", "Request", "cluster", "estimate", "load_model", "size", "sweep",
+    "Calibration", "Decode", "Layout", "Mixed", "Prefill", "Request", "cluster", "estimate", "load_model", "plan", "size",
+    "sweep",
 ]  # fmt: skip

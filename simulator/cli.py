@@ -155,7 +155,7 @@ def size(
     price: float | None, exit_zero: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
-    from simulator import plan, report
+    from simulator import planner, report
     from simulator.engines import Vllm
     from simulator.hardware import price as listed
     from simulator.serving import Request
@@ -168,7 +168,7 @@ def size(
         message = f"--output {written}: it is part of --context {context}; use a smaller number"
         raise ValueError(message)
     request = Request(context, concurrency, written, prefix_hit)
-    found = plan.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
+    found = planner.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
     known = listed(machine.gpu.name)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": concurrency,
@@ -245,7 +245,7 @@ def estimate(
     from simulator.estimate import estimate as answer
     from simulator.parallel import Layout
     from simulator.phases import Decode, Prefill
-    from simulator.plan import warnings
+    from simulator.planner import warnings
     from simulator.serving import Request
 
     prefix = prefix or 0

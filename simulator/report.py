@@ -15,7 +15,7 @@ from simulator.kernels.attention import Chunked, Window
 from simulator.layers import Attention, LatentAttention
 from simulator.layers.layer import Mixer
 from simulator.model import ModelSpec
-from simulator.plan import UNLIMITED_TOKENS, Candidate, Plan, reason
+from simulator.planner import UNLIMITED_TOKENS, Candidate, Plan, reason
 from simulator.timing import Clock, seconds_bound, seconds_expected, seconds_no_overlap
 from simulator.units import BYTES, FLOPS, SECONDS, gib, show_tokens, significant
 from simulator.work import Leaf, Op
@@ -192,7 +192,7 @@ def _candidate_document(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     speed = candidate.speed
     return {
         "layout": str(candidate.layout), "fits": candidate.fits, "short_bytes_per_gpu": max(candidate.short_bytes, 0.0),
-        "reason": None if candidate.fits else reason(plan, candidate),
+        "reason": None if candidate.fits else reason(candidate, plan.model, plan.cluster, plan.request),
         "max_context_tokens": candidate.longest, "whole_sequences": int(candidate.capacity.whole_sequences),
         "max_concurrency": float(candidate.capacity.concurrency * candidate.capacity.replicas),
         "ttft_s": None if speed is None else float(speed.ttft_s), "tpot_s": None if speed is None else float(speed.tpot_s),
@@ -321,7 +321,7 @@ def _print_choice(plan: Plan, console: Console) -> None:
         speed = candidate.speed
         told = "chosen" if candidate is plan.best or candidate.layout is plan.best.layout else ""
         if not candidate.fits:
-            told = reason(plan, candidate)
+            told = reason(candidate, plan.model, plan.cluster, plan.request)
         rows.append([
             str(candidate.layout), f"{float(candidate.capacity.concurrency * candidate.capacity.replicas):.1f}",
             SECONDS.show(float(speed.ttft_s), 2) if speed else "", SECONDS.show(float(speed.tpot_s), 2) if speed else "",
@@ -351,7 +351,7 @@ def _print_lost(plan: Plan, console: Console) -> None:
         return
     console.print(f"  {len(lost)} of {len(plan.candidates)} layouts do not hold the request, among them:", highlight=False)
     for candidate in sorted(lost, key=lambda c: (len(str(c.layout).split()), c.short_bytes))[:3]:
-        console.print(f"    {candidate.layout}: {reason(plan, candidate)}", highlight=False, soft_wrap=True)
+        console.print(f"    {candidate.layout}: {reason(candidate, plan.model, plan.cluster, plan.request)}", highlight=False, soft_wrap=True)
 
 
 def _print_inputs(inputs: dict[str, Any], console: Console) -> None:

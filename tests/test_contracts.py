@@ -76,7 +76,7 @@ def test_what_a_module_exports_exists(name: str) -> None:
 
 
 def test_the_public_surface_is_there() -> None:
-    assert {"load_model", "cluster", "Layout", "Prefill", "Decode", "Mixed", "estimate", "sweep", "Calibration"} <= set(simulator.__all__)
+    assert {"load_model", "cluster", "Layout", "Prefill", "Decode", "Mixed", "estimate", "sweep", "size", "plan", "Request", "Calibration"} <= set(simulator.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+", simulator.__version__)
 
 

@@ -18,7 +18,7 @@ from simulator.engines import REGISTRY, Vllm
 from simulator.hf import with_formats
 from simulator.kernels.attention import Window
 from simulator.layers import LatentAttention
-from simulator.plan import refusals, stack
+from simulator.planner import refusals, stack
 from tests.support import MAIN, eight, legal, machine, model
 
 M1, K128 = 1_048_576, 131_072

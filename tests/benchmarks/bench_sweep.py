@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from simulator import Calibration, Decode, Layout, Prefill, cluster, estimate, load_model, sweep  # noqa: E402
 from simulator.engines import Vllm  # noqa: E402
 from simulator.estimate import bare  # noqa: E402
-from simulator.plan import layouts  # noqa: E402
+from simulator.planner import layouts  # noqa: E402
 
 ROWS, GPUS = 65_536, 8
 MODELS = ("meta-llama/Meta-Llama-3.1-70B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-120b")

@@ -177,29 +177,79 @@ def size(
     """
     engine, calibration = engine or Vllm(), calibration or Calibration.load(machine.gpu)
     allowed, refused = _allowed(model, machine, engine, fixed or {})
-    candidates = hold(model, allowed, machine, request, engine)
-    ranked = timed(model, [c for c in candidates if c.fits], machine, request, engine, calibration)
-    longest = max(candidates, key=lambda c: c.longest)
-    if ranked:
-        best = ranked[0]
+    candidates = _ranked(model, allowed, machine, request, engine, calibration)
+    best, second = candidates[0], candidates[1] if len(candidates) > 1 and candidates[1].fits else None
+    service = None
+    if best.fits:
         service = serve(
             model, best.layout, machine, request, engine=engine, calibration=calibration,
             price_usd_per_gpu_hour=machine.price_usd_per_gpu_hour if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour,
         )  # fmt: skip
-        others = ranked + sorted((c for c in candidates if not c.fits), key=lambda c: c.short_bytes)
-    else:
-        others = sorted(candidates, key=lambda c: (c.capacity.available_bytes <= 0, c.short_bytes))
-        best, service = others[0], None
+    rules = [told.split(":", 1)[0].split(" ")[0] for _, told in refused]
     return Plan(
-        model, machine, request, engine, best, ranked[1] if len(ranked) > 1 else None, others, refused, longest,
-        smallest(model, machine, request, engine), service, warnings(model, request, machine),
+        model, machine, request, engine, best, second, candidates, {rule: rules.count(rule) for rule in dict.fromkeys(rules)},
+        max(candidates, key=lambda c: c.longest), smallest(model, machine, request, engine), service, warnings(model, request, machine),
     )  # fmt: skip
 
 
-def _allowed(model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, int]) -> tuple[list[Layout], dict[str, int]]:
-    """Layouts of the grid that obey every rule; the others counted by reason.  All degrees given: that layout alone."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Option:
+    """A layout that was considered: whether it holds the request, and the verdict in one line.
+
+    `holds` is how many such requests fit together, `longest` the most tokens each of them may have.  `speed` is what layouts
+    are ordered by; `service` has the same with intervals, rates and prices, for the first of a plan.
+    """
+
+    layout: Layout
+    fits: bool
+    verdict: str
+    holds: int = 0
+    longest: int = 0
+    speed: Speed | None = None
+    service: Service | None = None
+
+
+def plan(
+    model: ModelSpec, machine: Cluster, request: Request, *, engine: Vllm | None = None,
+    calibration: Calibration | None = None, fixed: dict[str, int] | None = None,
+    price_usd_per_gpu_hour: float | None = None, detailed: int = 8,
+) -> list[Option]:  # fmt: skip
+    """Every layout of the machine that was considered for `request`, best first: those that hold it by the time of the mean
+    request, then those that do not by what they lack, then those a rule forbids.  The first `detailed` that hold it come with
+    their `Service`.  `size` is the first of them in full.
+
+    Errors: ValueError where the degrees of `fixed` break a rule or make no layout of the cluster's GPUs.
+    """
+    engine, calibration = engine or Vllm(), calibration or Calibration.load(machine.gpu)
+    allowed, refused = _allowed(model, machine, engine, fixed or {})
+    price = machine.price_usd_per_gpu_hour if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour
+    found = []
+    for place, c in enumerate(_ranked(model, allowed, machine, request, engine, calibration)):
+        told = f"fits: {gib(-c.short_bytes)} of cache free per GPU" if c.fits else f"does not fit: {reason(c, model, machine, request)}"
+        service = None
+        if c.fits and place < detailed:
+            service = serve(model, c.layout, machine, request, engine=engine, calibration=calibration, price_usd_per_gpu_hour=price)
+        found.append(Option(c.layout, c.fits, told, int(c.capacity.whole_sequences), c.longest, c.speed, service))
+    return found + [Option(layout, fits=False, verdict=f"refused: {told}") for layout, told in refused]
+
+
+def _ranked(
+    model: ModelSpec, allowed: list[Layout], machine: Cluster, request: Request, engine: Vllm, calibration: Calibration
+) -> list[Candidate]:
+    """Layouts that hold the request, the best first, then the others: those that hold some cache, by what they lack."""
+    candidates = hold(model, allowed, machine, request, engine)
+    short = sorted((c for c in candidates if not c.fits), key=lambda c: (c.capacity.available_bytes <= 0, c.short_bytes))
+    return timed(model, [c for c in candidates if c.fits], machine, request, engine, calibration) + short
+
+
+def _allowed(
+    model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, int]
+) -> tuple[list[Layout], list[tuple[Layout, str]]]:
+    """Layouts of the grid that obey every rule; the others with the first one they break.  All degrees given: that layout
+    alone.
+    """
     allowed: list[Layout] = []
-    refused: dict[str, int] = {}
+    refused: list[tuple[Layout, str]] = []
     chosen = [
         layout for layout in layouts(model, machine.gpus)
         if all(getattr(layout, name) == degree for name, degree in fixed.items())
@@ -208,17 +258,14 @@ def _allowed(model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, 
         for refusal in refusals(model, Layout(**fixed), engine, machine.gpus_per_node):
             raise ValueError(refusal)
         chosen = [_completed(machine, fixed)]
-    reasons: list[str] = []
     for layout in chosen:
         found = refusals(model, layout, engine, machine.gpus_per_node)
-        if not found:
+        if found:
+            refused.append((layout, found[0]))
+        else:
             allowed.append(layout)
-            continue
-        reasons.append(found[0])
-        rule = found[0].split(":", 1)[0].split(" ")[0]
-        refused[rule] = refused.get(rule, 0) + 1
     if not allowed:
-        raise ValueError(reasons[0])
+        raise ValueError(refused[0][1])
     return allowed, refused
 
 
@@ -236,23 +283,23 @@ def _completed(machine: Cluster, fixed: dict[str, int]) -> Layout:
     return layout
 
 
-def reason(plan: Plan, candidate: Candidate) -> str:
+def reason(candidate: Candidate, model: ModelSpec, machine: Cluster, request: Request) -> str:
     """Why a layout does not hold the request, and the nearest thing that would."""
-    capacity, model, layout = candidate.capacity, plan.model, candidate.layout
+    capacity, layout = candidate.capacity, candidate.layout
     if capacity.available_bytes <= 0:
         return f"weights and activations alone are {gib(-float(capacity.available_bytes))} per GPU too much"
     told = [f"short by {gib(candidate.short_bytes)} per GPU"]
     ranks = float(layout.tp * layout.pp)
-    copies = float(capacity.per_sequence_bytes) * ranks / max(float(model.cache_bytes(float(plan.request.context))), 1.0)
+    copies = float(capacity.per_sequence_bytes) * ranks / max(float(model.cache_bytes(float(request.context))), 1.0)
     latent = any(isinstance(layer, LatentAttention) for layer in model.layers)
     kept = round(float(layout.tp) / float(layout.dcp) / (1 if latent else min(_cache_heads(model), default=1)))
     if kept > 1 and copies > 1.5:  # noqa: PLR2004
         told.append(f"{kept} ranks keep copies of the same cache (--dcp removes them)")
-    fraction = (float(capacity.usable_bytes) + candidate.short_bytes) / float(plan.cluster.gpu.usable_bytes)
+    fraction = (float(capacity.usable_bytes) + candidate.short_bytes) / float(machine.gpu.usable_bytes)
     if fraction <= _MOST_FRACTION:
         told.append(f"fits with --memory-fraction {np.ceil(fraction * 200) / 200:g}")
     if candidate.longest:
-        told.append(f"holds {plan.request.concurrency} of {candidate.longest:,} tokens")
+        told.append(f"holds {request.concurrency} of {candidate.longest:,} tokens")
     return "; ".join(told)
 
 

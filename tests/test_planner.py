@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from simulator import Calibration, Layout
 from simulator.engines import Vllm
 from simulator.parallel import REGISTRY
-from simulator.plan import Plan, layouts, refusals, size, smallest, stack
+from simulator.planner import Plan, layouts, plan, refusals, size, smallest, stack
 from simulator.serving import Request, latency, serve
 from tests.support import MAIN, machine, model
 
@@ -17,7 +17,7 @@ LLAMA, V3 = "meta-llama/Meta-Llama-3.1-70B", "deepseek-ai/DeepSeek-V3"
 DEGREES = tuple(scheme.field for scheme in REGISTRY)
 
 
-def plan(name: str, gpus: int, request: Request, **given: object) -> Plan:
+def sized(name: str, gpus: int, request: Request, **given: object) -> Plan:
     return size(model(name), machine("h200", gpus), request, **given)  # type: ignore[arg-type]
 
 
@@ -48,7 +48,7 @@ QUESTIONS = [(8, Request(131_072)), (8, Request(32_768, 64)), (16, Request(1_048
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize(("gpus", "request_"), QUESTIONS, ids=str)
 def test_the_choice_obeys_the_rules_fits_and_is_as_fast_as_any(name: str, gpus: int, request_: Request) -> None:
-    found = plan(name, gpus, request_)
+    found = sized(name, gpus, request_)
     for candidate in found.candidates:
         assert candidate.layout.gpus == gpus
         assert refusals(found.model, candidate.layout, found.engine, 8) == []
@@ -80,10 +80,10 @@ def test_the_smallest_cluster_fits_and_a_smaller_one_does_not(name: str, request
     engine = Vllm()
     found = smallest(model(name), machine("h200", 8), request_, engine)
     assert found is not None
-    assert plan(name, found, request_).fits
+    assert sized(name, found, request_).fits
     for fewer in [n for n in (1, 2, 4, 8, 16, 24, 32) if n < found]:
         try:
-            assert not plan(name, fewer, request_).fits, fewer
+            assert not sized(name, fewer, request_).fits, fewer
         except ValueError as refused:
             assert "--" in str(refused)
 
@@ -99,7 +99,7 @@ def test_more_requests_or_longer_ones_never_need_fewer_gpus(name: str) -> None:
 
 @pytest.mark.parametrize("fixed", [{"tp": 8}, {"tp": 4, "pp": 2}, {"dp": 2}, {"tp": 8, "pp": 1, "dp": 1}], ids=str)
 def test_degrees_the_user_insists_on_are_kept(fixed: dict[str, int]) -> None:
-    found = plan(LLAMA, 8, Request(32_768), fixed=fixed)
+    found = sized(LLAMA, 8, Request(32_768), fixed=fixed)
     for candidate in found.candidates:
         assert all(getattr(candidate.layout, d) == n for d, n in fixed.items())
 
@@ -107,11 +107,11 @@ def test_degrees_the_user_insists_on_are_kept(fixed: dict[str, int]) -> None:
 @pytest.mark.parametrize(("fixed", "words"), [({"tp": 6}, "--tp 6"), ({"tp": 16}, "16 GPUs"), ({"tp": 4, "dp": 4}, "make the product equal"), ({"dp_attention": 8}, "--dp-attention 8")], ids=str)
 def test_degrees_that_make_no_layout_are_refused(fixed: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        plan(LLAMA, 8, Request(32_768), fixed=fixed)
+        sized(LLAMA, 8, Request(32_768), fixed=fixed)
 
 
 def test_what_is_left_out_is_counted_by_its_rule() -> None:
-    found = plan(V3, 16, Request(131_072))
+    found = sized(V3, 16, Request(131_072))
     assert sum(found.refused.values()) + len(found.candidates) == len(list(layouts(model(V3), 16)))
     assert all(rule.startswith("--") for rule in found.refused)
 
@@ -155,3 +155,32 @@ def test_prices_are_gpu_hours_over_tokens(name: str, layout: Layout) -> None:
     assert found.hit.seconds.value < found.cold.seconds.value
     nothing = serve(model(name), layout, part, request, engine=Vllm(), calibration=Calibration.load(part.gpu), price_usd_per_gpu_hour=None)
     assert nothing.usd_per_million_output is None
+
+
+# ---- everything that was considered
+
+
+@pytest.mark.parametrize("name", [LLAMA, V3, "openai/gpt-oss-120b"])
+@pytest.mark.parametrize(("gpus", "request_"), [(8, Request(131_072)), (16, Request(1_048_576, 2)), (16, Request(200_000, 400))], ids=str)
+def test_a_plan_has_every_layout_of_the_grid_with_its_verdict_and_begins_with_what_size_chooses(name: str, gpus: int, request_: Request) -> None:
+    options, chosen = plan(model(name), machine("h200", gpus), request_, detailed=2), sized(name, gpus, request_)
+    assert sorted(str(x.layout) for x in options) == sorted(str(x) for x in layouts(model(name), gpus))
+    assert str(options[0].layout) == str(chosen.best.layout)
+    assert [x.fits for x in options] == sorted((x.fits for x in options), reverse=True)
+    for place, option in enumerate(options):
+        rules = refusals(model(name), option.layout, chosen.engine, 8)
+        assert option.verdict.startswith("refused: " + rules[0] if rules else "fits: " if option.fits else "does not fit: ")
+        assert option.fits == (not rules and option.holds >= request_.concurrency and option.longest >= request_.context)
+        assert (option.speed is not None) == option.fits
+        assert (option.service is not None) == (option.fits and place < 2)
+    if chosen.service is not None:
+        assert options[0].service is not None
+        assert options[0].service.decode.seconds == chosen.service.decode.seconds
+        assert options[0].service.cold.seconds.value == pytest.approx(options[0].speed.ttft_s, rel=1e-9)  # type: ignore[union-attr]
+        times = [x.speed.latency_s for x in options if x.speed is not None]
+        assert times[0] <= 1.03 * min(times)
+
+
+def test_a_plan_of_degrees_that_break_a_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="--tp 3: "):
+        plan(model(LLAMA), machine("h200", 8), Request(131_072), fixed={"tp": 3})
