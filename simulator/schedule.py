@@ -31,7 +31,7 @@ class Job(NamedTuple):
     number: Count
     means: Sequence[Any]
     growths: Sequence[Any] | None
-    times: Sequence[Num]
+    times: Sequence[float]
 
 
 class Passage(NamedTuple):
@@ -41,7 +41,7 @@ class Passage(NamedTuple):
     alone: list[Any]
 
 
-def jobs_of(count: Count, stages: Sequence[Any], times: Sequence[Num], *, runs: bool) -> list[Job]:
+def jobs_of(count: Count, stages: Sequence[Any], times: Sequence[float], *, runs: bool) -> list[Job]:
     """The jobs of a flow.  With `runs`, the leading axis enumerates them: a run between two others grows linearly, at the
     slope between its neighbours' means; the first and the last are equal microbatches.
     """
@@ -87,7 +87,7 @@ def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Later = maximum) -> 
     return where(rounds > 1, last[-1][1], first[-1][1])
 
 
-def turn(count: Count, stages: Sequence[Any], times: Sequence[Num], later: Later = maximum) -> Any:
+def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Later = maximum) -> Any:
     """Seconds of one round of m microbatches that go round without end: max(sum(t_s), m max(t_s)).
 
     >>> turn(2.0, [3.0, 4.0], [1.0, 1.0]), turn(1.0, [3.0, 4.0], [1.0, 1.0])
@@ -126,7 +126,7 @@ def passages(job: Job) -> list[Passage]:
 
 
 def _ends(
-    jobs: Sequence[tuple[Sequence[Passage], Sequence[Num]]], done: list[tuple[Any, Any]], later: Later
+    jobs: Sequence[tuple[Sequence[Passage], Sequence[float]]], done: list[tuple[Any, Any]], later: Later
 ) -> list[tuple[Any, Any]]:
     """When each stage, the first and the last of its equals, is done with all jobs, having been busy until `done`."""
     for stages, times in jobs:
@@ -135,24 +135,20 @@ def _ends(
         for stage, equal, (before, after) in zip(stages, times, done, strict=True):
             reached = _through(stage, reached, before, 1.0, later) if reached else [before + total for total in stage.upto]
             first = reached[-1]
-            if np.ndim(equal) or equal > 1:
-                reached = _through(stage, reached, after, maximum(equal - 1, 0.0), later)
+            if equal > 1:
+                reached = _through(stage, reached, after, equal - 1, later)
             ended.append((first, reached[-1]))
         done = ended
     return done
 
 
-def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: Num, later: Later) -> list[Any]:
+def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: float, later: Later) -> list[Any]:
     """When the last of `times` equal stages, busy until `busy`, is done with each crossing that the stage before did at
     `reached`.
     """
-    once = type(times) is float and times == 1.0
     found = []
     for at, total, one in zip(reached, stage.upto, stage.alone, strict=True):
-        if once:
-            ready = at if total is one else at - total + one
-        else:
-            ready = at + (times - 1) * one if total is one else at - total + times * one
-        busy = later(busy, ready)
+        ready = at if total is one else at - total + one
+        busy = later(busy, ready if times == 1 else ready + (times - 1) * one)
         found.append(busy + total)
     return found

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 from simulator.calibration import Calibration
 from simulator.engines import Vllm
-from simulator.estimate import Estimate, Interval, estimate
+from simulator.estimate import Estimate, Interval, estimate, sweep
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
-from simulator.phases import Decode, Prefill, System
-from simulator.timing import Clock, seconds_expected
+from simulator.phases import Decode, Prefill
 from simulator.units import Seconds, ceil
 
 
@@ -55,10 +54,11 @@ def speed(
     model: ModelSpec, layout: Layout, cluster: Cluster, request: Request, *, engine: Vllm, calibration: Calibration
 ) -> Speed:
     """The expected times by which layouts are compared; for one layout or an array of them."""
-    system, clock = System(model, layout), Clock(cluster, calibration)
-    fill, step = _prefill(request, engine, cluster, 0), _decode(request)
-    ttft = seconds_expected(system.work(fill, host=engine.host(fill)), clock)
-    tpot = seconds_expected(system.work(step, host=engine.host(step)), clock)
+
+    def seconds(phase: Prefill | Decode) -> Seconds:
+        return sweep(model, cluster, layout, phase, calibration=calibration, engine=engine, workers=1, with_footprint=False).seconds
+
+    ttft, tpot = seconds(_prefill(request, engine, cluster, 0)), seconds(_decode(request))
     return Speed(ttft, tpot, latency(layout, request, ttft, tpot))
 
 

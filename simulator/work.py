@@ -178,7 +178,7 @@ class Flow:
     stages: Sequence[Work]
     runs: bool = False
     steady: bool = False
-    times: Sequence[Num] | None = None
+    times: Sequence[float] | None = None
 
 
 @dataclass(slots=True, eq=False)

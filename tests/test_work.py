@@ -222,11 +222,11 @@ def test_chunks_that_grow_through_uneven_stages_take_what_a_simulation_takes(sta
 
 @given(microbatches, st.integers(2, 5))
 def test_pipelines_as_arrays_are_each_pipeline(runs: list[tuple[list[float], int]], depth: int) -> None:
-    factors, rounds, times = np.array([1.0, 2.0, 0.5]), np.array([1.0, 2.0, 7.0]), np.array([1.0, 3.0, 2.0])
-    together = Pipeline([Flow(n * (factors > 0.7), [op(t * factors) for t in job[:depth]], times=[times] * depth) for job, n in runs], rounds)  # type: ignore[arg-type]
+    factors, rounds, times = np.array([1.0, 2.0, 0.5]), np.array([1.0, 2.0, 7.0]), [1.0, 3.0, 2.0, 1.0, 4.0]
+    together = Pipeline([Flow(n * (factors > 0.7), [op(t * factors) for t in job[:depth]], times=times[:depth]) for job, n in runs], rounds)  # type: ignore[arg-type]
     found = np.broadcast_to(fold(together, serial_seconds), factors.shape)
     for i, factor in enumerate(factors):
-        alone = [Flow(float(n * (factor > 0.7)), [op(t * float(factor)) for t in job[:depth]], times=[float(times[i])] * depth) for job, n in runs]
+        alone = [Flow(float(n * (factor > 0.7)), [op(t * float(factor)) for t in job[:depth]], times=times[:depth]) for job, n in runs]
         assert found[i] == pytest.approx(fold(Pipeline(alone, float(rounds[i])), serial_seconds), rel=1e-12)
 
 

@@ -21,7 +21,7 @@ from simulator.work import Work
 
 class Stage(NamedTuple):
     """One stage: how many blocks of each kind, whether it is the first, the last, or there at all (0 or 1), and how many
-    equal stages it stands for.
+    equal neighbours it stands for.
     """
 
     number: int
@@ -29,7 +29,7 @@ class Stage(NamedTuple):
     first: Num
     last: Num
     present: Num
-    times: Num = 1.0
+    times: float = 1.0
 
 
 class Pipeline(Scheme):
@@ -44,8 +44,7 @@ class Pipeline(Scheme):
             return _split(model, int(p), int(p))
         degrees, row = np.unique(p, return_inverse=True)
         most = int(degrees.max())
-        uniform = len(model.kinds) == 1 and most > _CLASSES
-        tables = [_classes(len(model.order), int(p)) if uniform else _split(model, int(p), most) for p in degrees]
+        tables = [_split(model, int(p), most) for p in degrees]
 
         def column(values: list[Num]) -> Num:
             plain = [float(value) for value in values]
@@ -55,8 +54,8 @@ class Pipeline(Scheme):
         for s in range(len(tables[0])):
             same = [table[s] for table in tables]
             counts = tuple(column([stage.counts[k] for stage in same]) for k in range(len(model.kinds)))
-            rest = (column([getattr(stage, name) for stage in same]) for name in ("first", "last", "present", "times"))
-            found.append(Stage(s, counts, *rest))
+            first, last, present = (column([getattr(stage, name) for stage in same]) for name in ("first", "last", "present"))
+            found.append(Stage(s, counts, first, last, present))
         return found
 
     def distinct(self, model: ModelSpec) -> list[Stage]:
@@ -86,21 +85,6 @@ class Pipeline(Scheme):
             yield f"--pp {int(self.degree)}: {model.name} has {total} layers; use at most {total} stages"
 
 
-#: Kinds of stages of a uniform stack: the first, the emptier and the fuller between, the last.
-_CLASSES = 4
-
-
-def _classes(total: int, p: int) -> list[Stage]:
-    """The stages of `p` of a stack of equal blocks, as the four kinds there can be and how often each occurs."""
-    base, extra = divmod(total, p)
-    between, fuller = max(p - 2, 0), min(extra, max(p - 2, 0))
-    kinds = [(base + (1 if 0 < p - 1 <= extra else 0), 1), (base, between - fuller), (base + 1, fuller), (base, 1 if p > 1 else 0)]
-    return [
-        Stage(s, (float(count) if times else 0.0,), float(s == 0), float(s == _CLASSES - 1 or p == 1) * (times > 0), float(times > 0), float(times))
-        for s, (count, times) in enumerate(kinds)
-    ]
-
-
 def _split(model: ModelSpec, p: int, most: int) -> list[Stage]:
     """The stages of `p`, filled up with empty ones to `most`."""
     total, cumulative = len(model.order), model.cumulative
@@ -109,6 +93,6 @@ def _split(model: ModelSpec, p: int, most: int) -> list[Stage]:
     for s in range(most):
         end = start if s >= p else start + base + (1 if p - 1 - extra <= s < p - 1 else 0)
         counts = tuple(float(c[end] - c[start]) for c in cumulative)
-        found.append(Stage(s, counts, float(s == 0), float(s == p - 1), float(s < p), float(s < p)))
+        found.append(Stage(s, counts, float(s == 0), float(s == p - 1), float(s < p)))
         start = end
     return found
