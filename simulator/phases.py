@@ -6,6 +6,7 @@ differ.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from simulator.parallel.pipeline import Stage
 from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
 from simulator.work import Flow, Later, Op, Overlap, Pipeline, Repeat, Serial, Work, fold, peak_bytes, quantity
 
-#: Shares of the chunks between the first and the last whole one; each is a run that stands for its mean.
+#: Shares of the chunks between the first and the last whole one; each is a run of whole chunks that stands for its mean.
 #: Pairs are exact whatever the shares; time is within 0.2 % of the sum over chunks (a law; measured within 0.05 %).
 RUNS = (0.3, 0.7)
 
@@ -130,7 +131,12 @@ class System:
         return works[0] if len(works) == 1 else Pipeline([Flow(groups, works, steady=True, times=self.times)])
 
     def _prefill(self, phase: Prefill, host: Host | None) -> Work:
-        """First chunk and R runs at their mean prefix, then the ragged last chunk."""
+        """First chunk and R runs at their mean prefix, then the ragged last chunk.
+
+        Over p > 1 stages runs are taken to grow linearly.  Against schedules simulated chunk by chunk, at 2 to 16 stages: within
+        0.05 % without windows, 0.3 % where a window fills up on the way; 1.3 % short at worst for blocks of a mask (Llama 4) that
+        begin anew every few chunks, on 16 stages.
+        """
         new = phase.context - phase.prefix
         chunk = new if phase.chunk is None else minimum(phase.chunk, new)
         if phase.chunk is None:
@@ -155,12 +161,10 @@ class System:
         """Counts and segments along a leading axis: the first whole chunk, shares of those between, the last (the one
         that drains a pipeline).
         """
-        axes = (1,) * np.ndim(whole)
-        shares = np.array(RUNS).reshape(-1, *axes)
-        before = np.cumsum(shares, axis=0) - shares
-        between, one = maximum(whole - 2, 0.0), np.ones_like(whole + shares[:1])
-        counts = np.concatenate([one, between * shares, one * (whole > 1)])
-        starts = np.concatenate([0 * one, 1 + between * before, one * maximum(whole - 1, 0.0)])
+        between, one = maximum(whole - 2, 0.0), np.ones_like(whole)
+        ends = [0 * one, *(floor(share * between + 0.5) for share in np.cumsum(RUNS[:-1])), between * one]
+        counts = np.stack([one, *(end - start for start, end in itertools.pairwise(ends)), one * (whole > 1)])
+        starts = np.stack([0 * one, *(1 + start for start in ends[:-1]), one * maximum(whole - 1, 0.0)])
         return counts, Segment(replicas, chunk, phase.prefix + starts * chunk, chunks=np.maximum(counts, 1e-9))
 
     def footprint(self, *, sequences: Num, context: Num, step_tokens: Num) -> Footprint:

@@ -226,8 +226,8 @@ def test_runs_are_the_sum_over_their_chunks_wherever_they_are_cut(name: str, gpu
 @main_models
 @pytest.mark.parametrize("pp", [2, 4, 8])
 def test_a_pipeline_of_chunks_takes_what_its_simulation_takes(name: str, pp: int) -> None:
-    """Chunk by chunk through the stages, each stage one chunk at a time.  Where all chunks grow alike, to 0.1 %; where a window or
-    a block of the mask fills up on the way, to 0.3 %: runs stand for their mean, and the last chunks are shorter or longer."""
+    """Chunk by chunk through the stages, each stage one chunk at a time.  Where all chunks grow alike, to 0.05 %; where a window or
+    a block of the mask fills up on the way, to 0.3 %: runs stand for their mean and are taken to grow linearly."""
     system, ticking = System(model(name), Layout(pp=pp)), clock("h200", pp)
     algebra = SecondsOverlapped(ticking.expected, ticking.demand)
     equal = [int(times) for times in system.times]
@@ -244,7 +244,7 @@ def test_a_pipeline_of_chunks_takes_what_its_simulation_takes(name: str, pp: int
             for s, taken in enumerate(np.repeat(job, equal).tolist()):
                 ready = done[s] = max(ready, done[s]) + taken
         found = float(fold(system.work(Prefill(float(context), float(prompts), chunk=float(chunk))), algebra))
-        assert relative(found, done[-1]) < (0.003 if bent else 0.001), (context, chunk, prompts)
+        assert relative(found, done[-1]) < (0.003 if bent else 0.0005), (context, chunk, prompts)
 
 
 @pytest.mark.parametrize("name", LATENT)
