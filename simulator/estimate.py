@@ -27,7 +27,7 @@ from simulator.dtypes import CacheFormat
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
-from simulator.parallel import DEGREES, Layout
+from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
 from simulator.timing import Clock, bounded, calibrated, clock_of, once
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
@@ -242,8 +242,8 @@ def bare(
     """Bound, expected time and footprint without rows or interval, for numbers or arrays."""
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
-    single = not any(isinstance(getattr(layout, name), np.ndarray) for name in DEGREES)
-    clock = clock_of(cluster, calibration) if single else Clock(cluster, calibration)
+    arrays = any(isinstance(x, np.ndarray) for group in system.layout.groups.values() for x in (group.ranks, group.stride))
+    clock = Clock(cluster, calibration) if arrays else clock_of(cluster, calibration)
     if not with_footprint:
         lower, seconds = fold(work, Together(bounded(clock), calibrated(clock)))
         return Bare(lower, seconds, 0.0, 0.0, 0.0)

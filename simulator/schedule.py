@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.units import Count, Num, floor, maximum, minimum, where
+from simulator.units import Array, Count, Num, floor, maximum, minimum, where
 
 #: Microbatches of a growing job at which the longest path may change stage, evenly spread.  With h from one to the next and
 #: g the difference of two stages' growth per microbatch, a change in between is worth at most g h^2 / 8 more.
 CROSSINGS = 4
 
-#: The later of two times.
-Later = Callable[[Any, Any], Any]
+#: Chooses the later of two times.
+Choose = Callable[[Any, Any], Any]
 
 
 class Job(NamedTuple):
@@ -48,16 +48,24 @@ def jobs_of(count: Count, stages: Sequence[Any], times: Sequence[float], *, runs
     if not runs:
         return [Job(count, stages, None, times)]
     counts = np.asarray(count)
-    middle = np.cumsum(counts, axis=0) - counts / 2
-    means = [[t[r] if np.ndim(t) >= counts.ndim else t for t in stages] for r in range(len(counts))]
-    found = [Job(counts[r], means[r], None, times) for r in range(len(counts))]
-    for r in range(1, len(counts) - 1):
+    middle = _by_run(np.cumsum(counts, axis=0) - counts / 2, counts)
+    means = list(zip(*(_by_run(t, counts) for t in stages), strict=True))
+    found = [Job(number, mean, None, times) for number, mean in zip(_by_run(counts, counts), means, strict=True)]
+    for r in range(1, len(found) - 1):
         apart = 1 / maximum(middle[r + 1] - middle[r - 1], 1.0)
         found[r] = found[r]._replace(growths=[(b - a) * apart for a, b in zip(means[r - 1], means[r + 1], strict=True)])
     return found
 
 
-def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Later = maximum) -> Any:
+def _by_run(value: Any, counts: Array) -> list[Any]:
+    """The value in each run: plain numbers where they are numbers, the same in all where it has no axis for runs."""
+    if np.ndim(value) < counts.ndim:
+        return [value] * len(counts)
+    found: list[Any] = value.tolist() if value.ndim == 1 else list(value)
+    return found
+
+
+def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Choose = maximum) -> Any:
     """Seconds until the last stage is done with the last microbatch of `rounds` times all `jobs`.
 
     With C_s(j) the time of stage s for all microbatches of a job up to j and t_s(j) that for j alone, stage s is done with j at
@@ -87,7 +95,7 @@ def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Later = maximum) -> 
     return where(rounds > 1, last[-1][1], first[-1][1])
 
 
-def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Later = maximum) -> Any:
+def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Choose = maximum) -> Any:
     """Seconds of one round of m microbatches that go round without end: max(sum(t_s), m max(t_s)).
 
     >>> turn(2.0, [3.0, 4.0], [1.0, 1.0]), turn(1.0, [3.0, 4.0], [1.0, 1.0])
@@ -126,7 +134,7 @@ def passages(job: Job) -> list[Passage]:
 
 
 def _ends(
-    jobs: Sequence[tuple[Sequence[Passage], Sequence[float]]], done: list[tuple[Any, Any]], later: Later
+    jobs: Sequence[tuple[Sequence[Passage], Sequence[float]]], done: list[tuple[Any, Any]], later: Choose
 ) -> list[tuple[Any, Any]]:
     """When each stage, the first and the last of its equals, is done with all jobs, having been busy until `done`."""
     for stages, times in jobs:
@@ -142,7 +150,7 @@ def _ends(
     return done
 
 
-def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: float, later: Later) -> list[Any]:
+def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: float, later: Choose) -> list[Any]:
     """When the last of `times` equal stages, busy until `busy`, is done with each crossing that the stage before did at
     `reached`.
     """
