@@ -167,11 +167,11 @@ def estimate(
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
     clock, amounts = clock_of(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
-    expected = once(clock.expected)
+    expected, bound = once(clock.expected), bounded(clock)
     lower, value, upper, by_family, rows, (_, peak), *totals = fold(
         work,
         Together(
-            bounded(clock), SecondsOverlapped(expected, clock.demand), SecondsSerial(expected), ByKernel(expected), Rows(expected),
+            bound, SecondsOverlapped(expected, bound.demands), SecondsSerial(expected), ByKernel(expected), Rows(expected),
             PeakBytes(keeps_saved=False), *(quantity(name) for name in amounts),
         ),
     )  # fmt: skip
@@ -244,10 +244,12 @@ def bare(
     work = system.work(phase, host=engine.host(phase) if engine else None)
     arrays = any(isinstance(x, np.ndarray) for group in system.layout.groups.values() for x in (group.ranks, group.stride))
     clock = Clock(cluster, calibration) if arrays else clock_of(cluster, calibration)
+    bound = bounded(clock)
+    times = bound, calibrated(clock, bound)
     if not with_footprint:
-        lower, seconds = fold(work, Together(bounded(clock), calibrated(clock)))
+        lower, seconds = fold(work, Together(*times))
         return Bare(lower, seconds, 0.0, 0.0, 0.0)
-    lower, seconds, (_, peak) = fold(work, Together(bounded(clock), calibrated(clock), PeakBytes(keeps_saved=False)))
+    lower, seconds, (_, peak) = fold(work, Together(*times, PeakBytes(keeps_saved=False)))
     held = _held(system, phase, peak)
     return Bare(lower, seconds, held.total, held.weights, held.cache)
 

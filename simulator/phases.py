@@ -21,7 +21,7 @@ from simulator.model import ModelSpec
 from simulator.parallel.layout import Layout
 from simulator.parallel.pipeline import Stage
 from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
-from simulator.work import Flow, Later, Op, Overlap, Pipeline, Repeat, Serial, Work, fold, peak_bytes, quantity
+from simulator.work import Flow, Known, Later, Op, Overlap, Pipeline, Repeat, Serial, Work, fold, peak_bytes, quantity
 
 #: Shares of the chunks between the first and the last whole one; each is a run of whole chunks that stands for its mean.
 #: Pairs are exact whatever the shares; time is within 0.2 % of the sum over chunks (a law; measured within 0.05 %).
@@ -90,6 +90,7 @@ class System:
         embedding, head = later(self.model.embedding), later(self.model.head)
         send = self.layout.pipeline.hand_over(tokens)
         works: list[Work] = []
+        launches, known = quantity("launches"), Known()
         for stage in self.stages:
             parts: list[Work] = [
                 Repeat(count, block)
@@ -105,7 +106,7 @@ class System:
                 parts.append(Repeat(sends, send))
             work: Work = Serial(parts)
             if host is not None:
-                work = Overlap([Repeat(stage.present, host(fold(work, quantity("launches")), tokens)), work])
+                work = Overlap([Repeat(stage.present, host(fold(work, launches, known), tokens)), work])
             works.append(work)
         return works
 

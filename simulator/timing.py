@@ -143,9 +143,11 @@ def bounded(clock: Clock) -> SecondsOverlapped:
     return SecondsOverlapped(clock.bound, clock.demand)
 
 
-def calibrated(clock: Clock) -> SecondsOverlapped:
-    """The algebra of expected times: calibrated leaves, overlap where the tree says so."""
-    return SecondsOverlapped(clock.expected, clock.demand)
+def calibrated(clock: Clock, beside: SecondsOverlapped | None = None) -> SecondsOverlapped:
+    """The algebra of expected times: calibrated leaves, overlap where the tree says so.  `beside` another algebra of the same
+    clock it asks for what resources are occupied.
+    """
+    return SecondsOverlapped(clock.expected, clock.demand if beside is None else beside.demands)
 
 
 def seconds_bound(work: Work, clock: Clock) -> Seconds:

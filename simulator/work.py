@@ -227,9 +227,13 @@ class Algebra(Protocol):
         """Value of a pipeline, `values[flow][stage]`."""
 
 
-def fold(work: Work, algebra: Algebra) -> Any:
-    """Evaluate `work` under `algebra`."""
-    known: dict[int, tuple[Later, Any]] = {}
+#: Values of parts made when they are evaluated, for folds of several trees that share them.
+Known = dict[int, tuple["Later", Any]]
+
+
+def fold(work: Work, algebra: Algebra, known: Known | None = None) -> Any:
+    """Evaluate `work` under `algebra`.  Folds of trees with parts in common may share what is `known` under one algebra."""
+    known = {} if known is None else known
 
     leaf, serial = algebra.leaf, algebra.serial
 
@@ -394,17 +398,19 @@ def _scheduled(pipe: Pipeline, values: Sequence[Sequence[Any]], later: Callable[
 class SecondsOverlapped(SecondsSerial):
     """Seconds with overlap: of parts together, the longest, or the busiest shared resource if that takes longer.
 
-    `demand(op)` gives the seconds one op occupies each resource at its full rate.
+    `demand(op)` gives the seconds one op occupies each resource at its full rate, or is the `Demands` of another such algebra.
     """
 
-    def __init__(self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]]) -> None:
+    def __init__(
+        self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]] | Demands
+    ) -> None:
         super().__init__(leaf_seconds)
-        self.demand = demand
+        self.demands = demand if isinstance(demand, Demands) else Demands(demand)
 
     def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:
         """max(longest part, for each resource the sum of its demand)."""
         longest = _largest(values)
-        demands = [fold(part, _Demand(self.demand)) for part in parts]
+        demands = [self.demands.of(part) for part in parts]
         for resource in RESOURCES:
             shared = [d[resource] for d in demands if resource in d]
             if len(shared) > 1:
@@ -412,25 +418,42 @@ class SecondsOverlapped(SecondsSerial):
         return longest
 
 
-class _Demand:
-    """Seconds each resource is occupied, as a mapping."""
+class Demands:
+    """Seconds each resource is occupied, as a mapping; worked out once for a part however many algebras ask."""
 
     def __init__(self, demand: Callable[[Leaf], Mapping[str, Seconds]]) -> None:
         self.leaf = demand
+        self._known: Known = {}
+        self._parts: dict[int, tuple[Work, Mapping[str, Num]]] = {}
+
+    def of(self, part: Work) -> Mapping[str, Num]:
+        """The demand of a part."""
+        if id(part) not in self._parts:
+            self._parts[id(part)] = (part, fold(part, self, self._known))
+        return self._parts[id(part)][1]
 
     def serial(self, values: list[Mapping[str, Num]]) -> Mapping[str, Num]:
-        return {r: _sum([v[r] for v in values if r in v]) for r in RESOURCES if any(r in v for v in values)}
+        """Sum by resource."""
+        total: dict[str, Num] = {}
+        for value in values:
+            for resource, seconds in value.items():
+                total[resource] = total[resource] + seconds if resource in total else seconds
+        return total
 
     def overlap(self, parts: Sequence[Work], values: list[Mapping[str, Num]]) -> Mapping[str, Num]:  # noqa: ARG002
+        """Sum by resource."""
         return self.serial(values)
 
     def repeat(self, count: Num, value: Mapping[str, Num], *, runs: bool) -> Mapping[str, Num]:
+        """Times count."""
         return {r: _repeated(count, v, runs=runs) for r, v in value.items()}
 
     def select(self, mask: Any, a: Mapping[str, Num], b: Mapping[str, Num]) -> Mapping[str, Num]:
+        """The branch taken."""
         return {r: where(mask, a.get(r, 0.0), b.get(r, 0.0)) for r in {*a, *b}}
 
     def pipeline(self, pipe: Pipeline, values: list[list[Mapping[str, Num]]]) -> Mapping[str, Num]:
+        """Of the stage with the most."""
         stages = [
             self.serial([self.repeat(f.count, v[s], runs=f.runs) for f, v in zip(pipe.flows, values, strict=True)])
             for s in range(len(values[0]))
