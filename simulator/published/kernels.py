@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from simulator.calibration import Calibration
-from simulator.dtypes import BF16, CACHE_FORMATS, DTYPES, WEIGHT_FORMATS, DType
+from simulator.dtypes import BF16, CACHE_FORMATS, DTYPES, WEIGHT_FORMATS, CacheFormat, DType, WeightFormat
 from simulator.estimate import Interval, interval
 from simulator.hardware import Cluster
 from simulator.kernels.attention import Bidirectional, Causal, Segment, attention
@@ -21,7 +21,7 @@ from simulator.kernels.unfused_attention import unfused_attention
 from simulator.layers.layer import Direction, Mixer
 from simulator.published.table import Asked, Measurement, NotComparableError, machine, spec
 from simulator.timing import Clock, bounded, calibrated
-from simulator.work import ByKernel, Serial, Together, Work, fold
+from simulator.work import ByKernel, Repeat, Rows, Serial, Together, Work, fold
 
 MS, US, TERA, GIGA = 1e-3, 1e-6, 1e12, 1e9
 
@@ -210,8 +210,8 @@ _PRECISIONS = {"bfloat16": "bf16", "bf16": "bf16", "fp8": "fp8", "fp8_e4m3": "fp
 def aiconfigurator(row: Measurement) -> Asked:
     """aiconfigurator's collected kernels, milliseconds: attention cores, whole mixers of one layer ("module"), NCCL calls.
 
-    A module is our mixer of that layer with the heads of one rank, without the all-reduce behind it; `step` is the cached
-    prefix.  Decode writes its token first: it sees prefix + 1 keys.
+    A module is our mixer of that layer with the heads of one rank, without the all-reduce behind it.  `context_len` counts
+    the new tokens.
     """
     if "collective" in row.inputs:
         from simulator.published.collectives import timed_collective  # noqa: PLC0415 (they import `timed` from here)
@@ -224,34 +224,53 @@ def aiconfigurator(row: Measurement) -> Asked:
             row, impl=_BACKENDS[row.kernel_or_engine.split()[-1]], cache=_PRECISIONS[stored], dtype=DTYPES[_PRECISIONS[query]]
         )
         return timed(work, machine(row), seconds)
-    if "kernel-level" in row.kernel_or_engine or "linear_attention" in row.table_or_section:
-        message = f"{row.inputs.get('op', 'gated delta rule')}: a kernel inside a mixer, not modelled yet by itself"
+    return timed(_inside(row) or _mixer(row), machine(row), seconds)
+
+
+#: Kernels timed by themselves -> the kernel of ours, a leaf of the mixer, and the implementation where one kernel has several.
+_INNER = {
+    "fp8_paged_mqa_logits": ("index_scores", ""), "flash_mla_sparse_fwd": ("sparse_attention", ""),
+    "chunk_gated_delta_rule": ("chunk_scan", "delta"), "causal_conv1d_fn": ("elementwise", "convolution"),
+}  # fmt: skip
+
+
+def _inside(row: Measurement) -> Work | None:
+    """The leaves of a mixer that are the kernel a row times by itself; None for a whole module."""
+    named = next((ours for theirs, ours in _INNER.items() if row.kernel_or_engine.endswith(theirs)), None)
+    if named is None:
+        return None
+    kernel, impl = named
+    leaves = [found for found in fold(_mixer(row), Rows(lambda _: 0.0)) if found.op.kernel == kernel and (not impl or found.op.impl == impl)]
+    if not leaves:
+        message = f"{row.kernel_or_engine.split()[-1]}: no such kernel in our mixer, not modelled yet"
         raise NotComparableError(message)
-    return timed(_module(row), machine(row), seconds)
+    return Serial([Repeat(found.count, found.op) for found in leaves])
 
 
-def _module(row: Measurement) -> Work:
-    """One mixer of the model a row names, sharded over its tensor ranks."""
-    model = spec(row.model)
-    _, cached, multiplied = row.dtype.split(";")
-    weight = WEIGHT_FORMATS[_PRECISIONS[multiplied.split("=")[1]]]
-    cache = CACHE_FORMATS[_PRECISIONS[cached.split("=")[1]]]
-    ratio = row.inputs.get("compress_ratio") or ""
-    wanted = int(ratio) if ratio else None
-    shares = "skip_indexer" in row.inputs["op"]
+def _mixer(row: Measurement) -> Work:
+    """One mixer of the model a row names, with the heads of one rank, which need not divide the model's own."""
+    model, (weight, cache) = spec(row.model), _formats(row)
+    ratio, shares = row.inputs.get("compress_ratio") or "1", "skip_indexer" in row.inputs.get("op", "")
+    linear = "k_heads" in row.inputs
     found = [
         mixer for _, mixer in model.with_formats(weight=weight, cache=None).mixers
-        if (wanted is None or getattr(mixer, "compress_ratio", None) == wanted) and getattr(mixer, "indexer_shared", False) == shares
+        if (ratio == "1" or getattr(mixer, "compress_ratio", None) == int(ratio)) and getattr(mixer, "indexer_shared", False) == shares
+        and hasattr(mixer, "linear_num_value_heads") == linear
     ]  # fmt: skip
     if not found:
-        message = f"{row.model} has no mixer of {row.inputs['op']}, not modelled yet"
+        message = f"{row.model} has no mixer of {row.inputs.get('op', 'linear attention')}, not modelled yet"
         raise NotComparableError(message)
-    mixer: Mixer = found[0]
-    # modules were run with the head count of a rank, which need not divide the model's own
-    mixer = replace(mixer, num_attention_heads=int(row.number("heads")))  # type: ignore[type-var]
-    new, prefix = row.number("seq_len"), row.number("step(past kv)")
-    held = Segment(row.number("batch"), new, prefix, split_kv=new == 1)
+    names = {"linear_num_key_heads": "k_heads", "linear_num_value_heads": "v_heads"} if linear else {"num_attention_heads": "heads"}
+    mixer: Mixer = replace(found[0], **{ours: int(row.number(theirs)) for ours, theirs in names.items()})  # type: ignore[type-var]
+    new = row.number("seq_len")
+    held = Segment(row.number("batch"), new, row.number("context_len") - new, split_kv=new == 1)
     return mixer.work(mixer.whole((held,)), Direction.FORWARD, cache=cache)
+
+
+def _formats(row: Measurement) -> tuple[WeightFormat, CacheFormat]:
+    """Formats of projections and cache, "bfloat16;kv=fp8;gemm=fp8_block"; bf16 where a row states none."""
+    stated = dict(part.split("=") for part in row.dtype.split(";") if "=" in part)
+    return WEIGHT_FORMATS[_PRECISIONS[stated.get("gemm", "bf16")]], CACHE_FORMATS[_PRECISIONS[stated.get("kv", "bf16")]]
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {

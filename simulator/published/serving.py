@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from simulator.calibration import Calibration
+from simulator.dtypes import weight_format
 from simulator.engines import Vllm
 from simulator.estimate import Interval, estimate
 from simulator.hardware import Cluster
@@ -80,11 +81,27 @@ def most_throughput(row: Measurement) -> Asked:  # noqa: ARG001 (every row has t
 _WEIGHTS = {"nvfp4": "nvfp4", "fp8": "fp8", "fp8_block": "fp8_block", "int4_wo": "int4", "bfloat16": "bf16"}
 
 
+def waited(service_s: float, think_s: float, clients: float) -> float:
+    """Mean seconds at a station that serves `clients` one at a time for `service_s`, each away for `think_s` in between.
+
+    Exact mean-value analysis of a closed network: R(n) = S (1 + Q(n - 1)), Q(n) = n R(n) / (Z + R(n)).
+    Source: Reiser and Lavenberg, JACM 27 (1980).
+
+    >>> waited(1.0, 0.0, 8), round(waited(1.0, 100.0, 2), 3)
+    (8.0, 1.01)
+    """
+    waiting, seconds = 0.0, service_s
+    for present in range(1, max(1, round(clients)) + 1):
+        seconds = service_s * (1 + waiting)
+        waiting = present * seconds / (think_s + seconds)
+    return seconds
+
+
 def silicon(row: Measurement) -> Asked:
     """aiconfigurator's served runs: means under `batch` closed-loop clients, prompt `seq_len`, output `osl`.
 
-    First token: one prefill alone, a lower bound, since theirs includes queueing.  Next token: one decode step of all
-    clients, plus what the prefills of the others take from it, (b - 1) prefill / O.
+    Next token: one decode step of all clients, plus what the prefills of the others take from it, (b - 1) prefill / O.
+    First token: a prefill behind those of the other clients of its replica, each away for its O next tokens (`waited`).
     """
     if row.inputs["mode"] != "agg":
         raise _refuse(f"{row.inputs['mode']}: prefill and decode on separate GPUs are not modelled")
@@ -94,22 +111,26 @@ def silicon(row: Measurement) -> Asked:
         raise _refuse("attention and expert degrees do not make the same number of GPUs")
     weight = dict(part.split("=") for part in row.dtype.split(";") if "=" in part)["moe"]
     model = _stored(spec(row.model), _WEIGHTS[weight])
-    prompt, output, batch = row.number("seq_len"), row.number("osl"), row.number("batch")
+    prompt, output, clients = row.number("seq_len"), row.number("osl"), row.number("batch")
     _placed(model, layout, on)
-    if row.kind == "prefill_ttft":
-        return _phase(model, on, layout, Prefill(prompt), float(row.value) * MS)
 
     def answer(calibration: Calibration) -> Interval:
-        step = _seconds(model, on, layout, Decode(prompt + output / 2, batch), calibration)
+        step = _seconds(model, on, layout, Decode(prompt + output / 2, clients), calibration)
         fill = _seconds(model, on, layout, Prefill(prompt), calibration)
-        return step.plus(fill.scaled((batch / shares - 1) / output)) if batch > shares else step
+        each = max(clients / shares, 1.0)
+        next_token = step.plus(fill.scaled((each - 1) / output)) if each > 1 else step
+        if row.kind == "decode_tpot":
+            return next_token
+        return fill.scaled(waited(fill.value, output * next_token.value, each) / fill.value)
 
     return Asked(float(row.value) * MS, "s", answer, on)
 
 
 def _stored(model: ModelSpec, weight: str) -> ModelSpec:
-    """The model in the row's format, unless its checkpoint already is quantised."""
-    return model if model.quantization not in ("", "none") else with_formats(model, weight, None)
+    """The model with its weights as the row names them, unless its checkpoint keeps some that way already."""
+    if any(getattr(layer, "weight", None) == weight_format(weight) for layer in model.layers):
+        return model
+    return with_formats(model, weight, None)
 
 
 #: Contexts between which a slope is taken: the figure's range.
@@ -158,7 +179,6 @@ def cache_sizes(row: Measurement) -> Asked:
     Pool tokens are pool / bytes per token and GPU at 1,000 tokens, without the engine's rounding to pages.
     """
     if row.kind == "prefill_ttft":
-        spec(row.model)
         return _phase(spec(row.model), machine(row), Layout(tp=row.number("tp")), Prefill(row.number("context_len")), float(row.value))
     if row.kind != "kv_capacity":
         return deployed(row)
@@ -193,7 +213,7 @@ def _sequence_bytes(row: Measurement) -> Asked:
         name = "deepseek-ai/DeepSeek-V3" if row.source == "flashmla-readme" else row.model
         ours = spec(name).cache_bytes(row.number("context_len"))
         return Asked(float(row.value) * 2.0**30, "B", lambda _: Interval(ours, ours, ours, "analytic"))
-    raise _refuse(f"{row.unit}: a bound, a rounded or a weight figure (see tests/test_published.py)")
+    raise _refuse(f"{row.unit}: a bound, a rounded or a weight figure compared in data/published/kv_capacity.csv")
 
 
 def deployed(row: Measurement) -> Asked:

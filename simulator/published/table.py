@@ -150,6 +150,9 @@ _MODELS = {
     "Qwen2.5-14B-Instruct-1M": "Qwen/Qwen2.5-14B-Instruct-1M",
     "Llama-4-Scout bf16": "meta-llama/Llama-4-Scout-17B-16E-Instruct",
     "Llama-4-Maverick-FP8": "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
+    # the row's formats make the checkpoint
+    "nvidia/DeepSeek-R1-NVFP4": "deepseek-ai/DeepSeek-R1",
+    "zhipuai/GLM-5": "zai-org/GLM-5",
     "nvidia/Llama-3.1-8B-Instruct-FP8": "meta-llama/Llama-3.1-8B-Instruct",
 }
 
@@ -159,6 +162,6 @@ def spec(name: str) -> ModelSpec:
     """The model a row is about."""
     try:
         return load_model(_MODELS.get(name, name))
-    except ValueError:
-        message = f"model {name} is not in the catalog"
+    except ValueError as error:
+        message = f"model {name}: several of the catalog match" if "several match" in str(error) else f"model {name} is not in the catalog"
         raise NotComparableError(message) from None
