@@ -242,7 +242,8 @@ def show(compared: Sequence[Compared], refused: Sequence[Refused], console: Cons
 
 
 def _figures(a: Accuracy) -> tuple[str, ...]:
-    return (str(a.n), f"{a.median:.1%}", f"{a.p90:.0%}", f"{a.signed:+.1%}", f"{a.coverage:.0%}")
+    inside = "exact" if a.worst.low == a.worst.high else f"{a.coverage:.0%}"
+    return (str(a.n), f"{a.median:.1%}", f"{a.p90:.0%}", f"{a.signed:+.1%}", inside)
 
 
 def _value(row: Compared, value: float) -> str:

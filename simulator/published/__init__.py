@@ -1,7 +1,7 @@
 """What others measured, turned into questions the simulator answers.
 
-Conventions differ per source; each is converted in one function, named in `SOURCES`.  A source missing there, or a row
-its function refuses, is not comparable and says why: nothing is dropped in silence.
+Conventions differ per source; each is converted in one function, named in `SOURCES`.  A row its function
+refuses is not comparable and says why: nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from simulator.published import collectives, kernels, serving, training
-from simulator.published.table import MICROBENCHMARKS, Asked, Measurement, NotComparableError, fitted_sources, measurements, role
+from simulator.published.table import (
+    MICROBENCHMARKS,
+    Asked,
+    Measurement,
+    NotComparableError,
+    addresses,
+    fitted_sources,
+    measurements,
+    refuse,
+    role,
+)
 
 #: Source -> the function that knows its conventions.
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {**kernels.SOURCES, **collectives.SOURCES, **serving.SOURCES, **training.SOURCES}
@@ -17,13 +27,12 @@ SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {**kernels.SOURCES, **co
 
 def question(row: Measurement) -> Asked:
     """The question a row asks; NotComparableError with the reason where it asks none."""
-    convert = SOURCES.get(row.source)
-    if convert is None:
-        message = "its conventions are not converted"
-        raise NotComparableError(message)
-    return convert(row)
+    if not addresses()[row.reference]:
+        refuse("its address was not recorded: nobody can check it")
+    return SOURCES[row.source](row)
 
 
 __all__ = [
-    "MICROBENCHMARKS", "SOURCES", "Asked", "Measurement", "NotComparableError", "fitted_sources", "measurements", "question", "role",
+    "MICROBENCHMARKS", "SOURCES", "Asked", "Measurement", "NotComparableError", "addresses", "fitted_sources", "measurements", "question",
+    "role",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from simulator.hardware import Cluster
 from simulator.kernels.messages import message
 from simulator.published.kernels import GIGA, MS, timed
-from simulator.published.table import Asked, Measurement, NotComparableError, machine
+from simulator.published.table import Asked, Measurement, machine, refuse
 from simulator.work import Group
 
 _PATTERNS = {
@@ -26,17 +26,15 @@ def _bytes(row: Measurement) -> float:
         return LARGE_BYTES
     found = re.search(r"([\d,]+)\s*([KMG]?i?B)?\b", text)
     if found is None:
-        error = "the message's size is not stated"
-        raise NotComparableError(error)
+        refuse("the message's size is not stated")
     return float(found[1].replace(",", "")) * _SIZES[found[2] or "B"]
 
 
-def _call(row: Measurement, name: str, on: Cluster, payload: float) -> tuple[float, Callable[[float], Asked]]:
+def _call(name: str, on: Cluster, payload: float) -> tuple[float, Callable[[float], Asked]]:
     """Wire bytes of a rank (the numerator of a bus bandwidth) and what makes the question of measured seconds."""
-    pattern = _PATTERNS.get(name.split()[0])
+    pattern = _PATTERNS.get(name.partition(" ")[0])
     if pattern is None:
-        error = f"{name}: not modelled"
-        raise NotComparableError(error)
+        refuse(f"{name}: not modelled")
     op = message(name, pattern, group=Group("all", float(on.gpus)), payload_bytes=payload)
     return float(op.wire_bytes), lambda seconds: timed(op, on, seconds)
 
@@ -45,15 +43,16 @@ def bus_bandwidth(row: Measurement) -> Asked:
     """nccl-tests' bus bandwidth: wire bytes of a ring rank per second, (2) (n - 1) / n x message.  Our rate has no NVLS
     (reduction in the switch), which most of these runs used.
     """
-    stated = row.other_inputs.split()[0] if row.other_inputs.split()[:1] and row.other_inputs.split()[0] in _PATTERNS else row.parallelism
-    wire, ask = _call(row, stated, machine(row), _bytes(row))
+    named = row.other_inputs.partition(" ")[0]
+    stated = named if named in _PATTERNS else row.parallelism
+    wire, ask = _call(stated, machine(row), _bytes(row))
     return ask(wire / (float(row.value) * GIGA))
 
 
 def timed_collective(row: Measurement) -> Asked:
-    """aiconfigurator's NCCL runs: milliseconds of one call; bytes as nccl-tests counts them."""
+    """The NCCL runs of aiconfigurator: milliseconds of one call; bytes as nccl-tests counts them."""
     on = machine(row)
-    _, ask = _call(row, row.inputs["collective"], on, float(re.match(r"\d+", row.inputs["bytes"])[0]))  # type: ignore[index]
+    _, ask = _call(row.inputs["collective"], on, float(re.match(r"\d+", row.inputs["bytes"])[0]))  # type: ignore[index]
     return ask(float(row.value) * MS)
 
 
@@ -63,12 +62,11 @@ def deep_ep(row: Measurement) -> Asked:
     Payload: every token once per expert, fp8 dispatch and bf16 combine; its size cancels where latency does not matter.
     """
     if "low-latency" in row.kernel_or_engine:
-        error = "DeepEP's low-latency kernels put RDMA under every pair of ranks, NVLink neighbours too: not modelled"
-        raise NotComparableError(error)
+        refuse("DeepEP's low-latency kernels put RDMA under every pair of ranks, NVLink neighbours too: not modelled")
     on = machine(row)
     element = 1.0 if row.inputs["op"] == "dispatch" else 2.0
     payload = row.number("tokens_per_gpu") * row.number("hidden") * 8 * element
-    wire, ask = _call(row, "all_to_all", on, payload)
+    wire, ask = _call("all_to_all", on, payload)
     outside = 1.0 if on.gpus <= on.gpus_per_node else (on.gpus - on.gpus_per_node) / (on.gpus - 1)
     return ask(wire * outside / (float(row.value) * GIGA))
 

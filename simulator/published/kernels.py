@@ -19,7 +19,7 @@ from simulator.kernels.gemm import gemm
 from simulator.kernels.latent_attention import latent_attention
 from simulator.kernels.unfused_attention import unfused_attention
 from simulator.layers.layer import Direction, Mixer
-from simulator.published.table import Asked, Measurement, NotComparableError, machine, spec
+from simulator.published.table import Asked, Measurement, machine, refuse, spec
 from simulator.timing import Clock, bounded, calibrated
 from simulator.work import ByKernel, Repeat, Rows, Serial, Together, Work, fold
 
@@ -48,6 +48,11 @@ def _attention(row: Measurement, *, impl: str, causal: bool, training: bool, dty
     return Serial(passes)
 
 
+def _both(row: Measurement) -> bool:
+    """Whether a row times forward and backward together."""
+    return row.inputs.get("pass", "fwd").endswith("bwd")
+
+
 #: What the authors of attention benchmarks call a kernel -> `Op.impl`.
 IMPLEMENTATIONS = {
     "FlashAttention-1": "flash1", "FlashAttention-2": "flash2", "FlashAttention-3": "flash3", "FlashAttention Triton": "triton", "Triton": "triton",
@@ -61,7 +66,7 @@ def flash_attention_charts(row: Measurement) -> Asked:
 
     FLOPs counted: 4 s^2 d h b, half of it if causal; forward + backward counts 3.5 forwards.  fp16.
     """
-    causal, training = row.inputs["causal"] == "True", row.inputs["pass"] == "fwd+bwd"
+    causal, training = row.inputs["causal"] == "True", _both(row)
     counted = 4.0 * row.number("seq_len") ** 2 * row.number("head_dim") * row.number("heads") * row.number("batch")
     counted *= (0.5 if causal else 1.0) * (3.5 if training else 1.0)
     work = _attention(row, impl=_implementation(row), causal=causal, training=training, dtype=DTYPES["fp16"])
@@ -71,8 +76,7 @@ def flash_attention_charts(row: Measurement) -> Asked:
 def _implementation(row: Measurement) -> str:
     impl = IMPLEMENTATIONS.get(row.kernel_or_engine)
     if impl is None:
-        message = f"{row.kernel_or_engine}: not modelled"
-        raise NotComparableError(message)
+        refuse(f"{row.kernel_or_engine}: not modelled")
     return impl
 
 
@@ -81,9 +85,8 @@ def burst_attention(row: Measurement) -> Asked:
     forward + backward 3.5 forwards.  One GPU only: ring attention is a scheme, not a kernel.
     """
     if row.n_gpus != "1":
-        message = "ring attention over 8 GPUs is not modelled yet"
-        raise NotComparableError(message)
-    training = row.inputs["pass"] == "fwd+bwd"
+        refuse("ring attention over 8 GPUs is not modelled yet")
+    training = _both(row)
     work = _attention(row, impl=_implementation(row), causal=False, training=training, dtype=BF16)
     if row.kind == "kernel_time":
         return timed(work, machine(row), float(row.value) * MS)
@@ -101,16 +104,14 @@ def tilelang_sinks(row: Measurement) -> Asked:
 def ring_flash_single(row: Measurement) -> Asked:
     """ring-flash-attention's README: iterations per second of one attention call; one GPU runs its own block only."""
     if row.n_gpus != "1":
-        message = "ring attention over 8 GPUs is not modelled yet"
-        raise NotComparableError(message)
-    work = _attention(row, impl="flash2", causal=row.inputs["causal"] == "True", training=row.inputs["pass"] == "fwd+bwd", dtype=BF16)
+        refuse("ring attention over 8 GPUs is not modelled yet")
+    work = _attention(row, impl="flash2", causal=row.inputs["causal"] == "True", training=_both(row), dtype=BF16)
     return timed(work, machine(row), 1 / float(row.value))
 
 
-def unstated_attention(row: Measurement) -> Asked:
+def unstated_attention(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """Sources that do not say whether pairs are halved: a factor of two."""
-    message = "attention: causal or not is not stated, a factor of two"
-    raise NotComparableError(message)
+    refuse("attention: causal or not is not stated, a factor of two")
 
 
 def _product(row: Measurement, weight: str) -> Work:
@@ -157,10 +158,9 @@ def azure(row: Measurement) -> Asked:
     if row.table_or_section == "HBM Bandwidth":
         read, written = _STREAMS[row.kernel_or_engine.split()[-1]]
         op = elementwise("stream", rows=2.0**25, read=read, written=written, impl="copy", dtype=DType("fp64", 64))
-        return timed(op, machine(row), op.hbm_bytes / (float(row.value) * GIGA))
+        return timed(op, machine(row), float(op.hbm_bytes) / (float(row.value) * GIGA))
     if row.table_or_section == "NV Bandwidth":
-        message = "copies over the host link or peer to peer are no kernel here"
-        raise NotComparableError(message)
+        refuse("copies over the host link or peer to peer are no kernel here")
     if row.kind == "comm_busbw":
         from simulator.published.collectives import bus_bandwidth  # noqa: PLC0415 (they import `timed` from here)
 
@@ -169,13 +169,12 @@ def azure(row: Measurement) -> Asked:
 
 
 def flash_mla(row: Measurement) -> Asked:
-    """FlashMLA's README prints "up to" rates without a shape."""
-    if row.kind == "kv_capacity":
-        from simulator.published.serving import cache_sizes  # noqa: PLC0415 (it imports from here)
+    """FlashMLA's README: cache sizes, and "up to" rates without a shape."""
+    from simulator.published.serving import cache_sizes  # noqa: PLC0415 (it imports from here)
 
-        return cache_sizes(row)
-    message = "a best rate without its shape"
-    raise NotComparableError(message)
+    if row.kind != "kv_capacity":
+        refuse("a best rate without its shape")
+    return cache_sizes(row)
 
 
 def infersim(row: Measurement) -> Asked:
@@ -186,8 +185,7 @@ def infersim(row: Measurement) -> Asked:
     if row.model == "GEMM":
         return timed(_product(row, "fp8"), on, seconds)
     if row.model.startswith("dsa"):
-        message = "sparse attention of DeepSeek-V3.2 as a bare kernel: its library is not recorded"
-        raise NotComparableError(message)
+        refuse("sparse attention of DeepSeek-V3.2 as a bare kernel: its library is not recorded")
     if row.model == "mla decode":
         held = Segment(row.number("batch"), 1.0, row.number("context_len") - 1, split_kv=True)
         return timed(latent_attention("core", held, heads=row.number("heads"), kv_lora_rank=512, rope_head_dim=64), on, seconds)
@@ -208,7 +206,7 @@ _PRECISIONS = {"bfloat16": "bf16", "bf16": "bf16", "fp8": "fp8", "fp8_e4m3": "fp
 
 
 def aiconfigurator(row: Measurement) -> Asked:
-    """aiconfigurator's collected kernels, milliseconds: attention cores, whole mixers of one layer ("module"), NCCL calls.
+    """The collected kernels of aiconfigurator, milliseconds: attention cores, whole mixers of one layer ("module"), NCCL calls.
 
     A module is our mixer of that layer with the heads of one rank, without the all-reduce behind it.  `context_len` counts
     the new tokens.
@@ -242,8 +240,7 @@ def _inside(row: Measurement) -> Work | None:
     kernel, impl = named
     leaves = [found for found in fold(_mixer(row), Rows(lambda _: 0.0)) if found.op.kernel == kernel and (not impl or found.op.impl == impl)]
     if not leaves:
-        message = f"{row.kernel_or_engine.split()[-1]}: no such kernel in our mixer, not modelled yet"
-        raise NotComparableError(message)
+        refuse(f"{row.kernel_or_engine.split()[-1]}: no such kernel in our mixer, not modelled yet")
     return Serial([Repeat(found.count, found.op) for found in leaves])
 
 
@@ -258,8 +255,7 @@ def _mixer(row: Measurement) -> Work:
         and hasattr(mixer, "linear_num_value_heads") == linear
     ]  # fmt: skip
     if not found:
-        message = f"{row.model} has no mixer of {row.inputs.get('op', 'linear attention')}, not modelled yet"
-        raise NotComparableError(message)
+        refuse(f"{row.model} has no mixer of {row.inputs.get('op', 'linear attention')}, not modelled yet")
     names = {"linear_num_key_heads": "k_heads", "linear_num_value_heads": "v_heads"} if linear else {"num_attention_heads": "heads"}
     mixer: Mixer = replace(found[0], **{ours: int(row.number(theirs)) for ours, theirs in names.items()})  # type: ignore[type-var]
     new = row.number("seq_len")

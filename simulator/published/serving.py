@@ -18,19 +18,15 @@ from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Phase, Prefill, System
 from simulator.published.kernels import MS
-from simulator.published.table import Asked, Measurement, NotComparableError, machine, spec
-
-
-def _refuse(message: str) -> NotComparableError:
-    return NotComparableError(message)
+from simulator.published.table import Asked, Measurement, machine, refuse, spec
 
 
 def _placed(model: ModelSpec, layout: Layout, on: Cluster) -> None:
     """Refuse what the model forbids or the machine does not hold."""
     for refusal in layout.refusals(model):
-        raise _refuse(f"layout refused: {refusal.split(';')[0]}")
+        refuse(f"layout refused: {refusal.split(';')[0]}")
     if layout.gpus > on.gpus:
-        raise _refuse(f"the layout needs {layout.gpus:.0f} GPUs, the row states {on.gpus}")
+        refuse(f"the layout needs {layout.gpus:.0f} GPUs, the row states {on.gpus}")
 
 
 def _seconds(model: ModelSpec, on: Cluster, layout: Layout, phase: Phase, calibration: Calibration) -> Interval:
@@ -47,7 +43,7 @@ def minference(row: Measurement) -> Asked:
     The sparse methods are others' kernels; beyond 700K the cache goes to the host.
     """
     if "dense" not in row.kernel_or_engine:
-        raise _refuse(f"{row.kernel_or_engine.removeprefix('HF + ')}: not modelled")
+        refuse(f"{row.kernel_or_engine.removeprefix('HF + ')}: not modelled")
     return _phase(spec(row.model), machine(row), Layout(), Prefill(row.number("seq_len")), float(row.value))
 
 
@@ -74,8 +70,7 @@ def tensorrt_2023(row: Measurement) -> Asked:
 
 def most_throughput(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """TensorRT-LLM's overview prints the best throughput over concurrencies it does not name."""
-    message = "peak throughput at a concurrency that is not stated"
-    raise _refuse(message)
+    refuse("peak throughput at a concurrency that is not stated")
 
 
 _WEIGHTS = {"nvfp4": "nvfp4", "fp8": "fp8", "fp8_block": "fp8_block", "int4_wo": "int4", "bfloat16": "bf16"}
@@ -98,17 +93,17 @@ def waited(service_s: float, think_s: float, clients: float) -> float:
 
 
 def silicon(row: Measurement) -> Asked:
-    """aiconfigurator's served runs: means under `batch` closed-loop clients, prompt `seq_len`, output `osl`.
+    """The served runs of aiconfigurator: means under `batch` closed-loop clients, prompt `seq_len`, output `osl`.
 
     Next token: one decode step of all clients, plus what the prefills of the others take from it, (b - 1) prefill / O.
     First token: a prefill behind those of the other clients of its replica, each away for its O next tokens (`waited`).
     """
     if row.inputs["mode"] != "agg":
-        raise _refuse(f"{row.inputs['mode']}: prefill and decode on separate GPUs are not modelled")
+        refuse(f"{row.inputs['mode']}: prefill and decode on separate GPUs are not modelled")
     on, shares = machine(row), float(row.inputs.get("attn_dp") or 1)
     layout = Layout(tp=row.number("tp"), pp=row.number("pp"), dp_attention=shares, ep=row.number("moe_ep"))
     if layout.tp * shares != row.number("moe_tp") * row.number("moe_ep"):
-        raise _refuse("attention and expert degrees do not make the same number of GPUs")
+        refuse("attention and expert degrees do not make the same number of GPUs")
     weight = dict(part.split("=") for part in row.dtype.split(";") if "=" in part)["moe"]
     model = _stored(spec(row.model), _WEIGHTS[weight])
     prompt, output, clients = row.number("seq_len"), row.number("osl"), row.number("batch")
@@ -138,12 +133,11 @@ _SLOPE_TOKENS = (8192.0, 131072.0)
 
 
 def fp8_cache_blog(row: Measurement) -> Asked:
-    """vLLM's blog on fp8 caches: inter-token latency of one sequence as slope x context + intercept (both in ms), and
+    """The vLLM blog on fp8 caches: inter-token latency of one sequence as slope x context + intercept (both in ms), and
     its mean over 20k-in 2k-out requests of 8 clients: a decode step and the others' prefills, 7 prefill / O.
     """
     if "skip" in row.dtype.lower():
-        message = "a cache in two formats, sliding layers apart, is not expressible"
-        raise _refuse(message)
+        refuse("a cache in two formats, sliding layers apart, is not expressible")
     on = machine(row)
     model = with_formats(spec(row.model), None, "fp8" if "fp8" in row.dtype else None)
     near, far = _SLOPE_TOKENS
@@ -169,8 +163,7 @@ def fp8_cache_blog(row: Measurement) -> Asked:
 
 def traces(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """LLMServingSim's runs of a request trace."""
-    message = "needs the request trace, which the source keeps apart"
-    raise _refuse(message)
+    refuse("needs the request trace, which the source keeps apart")
 
 
 def cache_sizes(row: Measurement) -> Asked:
@@ -191,36 +184,35 @@ def cache_sizes(row: Measurement) -> Asked:
     elif "K" in row.inputs:
         size = (row.number("K") + row.number("V")) * 2.0**30
     else:
-        raise _refuse("the pool's bytes are not stated")
+        refuse("the pool's bytes are not stated")
     model = spec(row.model)
     layout = Layout(tp=row.number("tp"), dcp=float(row.inputs.get("dcp", 1)))
     kept = re.search(r"kv (\S+)", row.dtype)
     stored = with_formats(model, None, kept[1] if kept else None)
     for refusal in layout.refusals(stored):
-        raise _refuse(f"layout refused: {refusal.split(';')[0]}")
+        refuse(f"layout refused: {refusal.split(';')[0]}")
     tokens = 1000.0
     held = float(System(stored, layout).footprint(sequences=1.0, context=tokens, step_tokens=1.0).cache)
     if len(model.mixers) > 1:
-        message = "a hybrid model's line is concurrency x length, not a rate per token"
-        raise _refuse(message)
+        refuse("a hybrid model's line is concurrency x length, not a rate per token")
     ours = size * tokens / held
     return Asked(float(row.value), "tokens", lambda _: Interval(ours, ours, ours, "analytic"))
 
 
 def _sequence_bytes(row: Measurement) -> Asked:
-    """GiB of one sequence's cache at `context_len`; B per token and layer of FlashMLA's fp8 row."""
-    if row.unit.startswith("GiB"):
-        name = "deepseek-ai/DeepSeek-V3" if row.source == "flashmla-readme" else row.model
-        ours = spec(name).cache_bytes(row.number("context_len"))
-        return Asked(float(row.value) * 2.0**30, "B", lambda _: Interval(ours, ours, ours, "analytic"))
-    raise _refuse(f"{row.unit}: a bound, a rounded or a weight figure compared in data/published/kv_capacity.csv")
+    """GiB of one sequence's cache at `context_len`."""
+    if not row.unit.startswith("GiB"):
+        refuse(f"{row.unit}: a bound, a rounded or a weight figure; tests/test_published.py compares it")
+    name = "deepseek-ai/DeepSeek-V3" if row.source == "flashmla-readme" else row.model
+    ours = float(spec(name).cache_bytes(row.number("context_len")))
+    return Asked(float(row.value) * 2.0**30, "B", lambda _: Interval(ours, ours, ours, "analytic"))
 
 
 def deployed(row: Measurement) -> Asked:
     """Deployment logs and blogs of single models: refused by GPU or model where the catalog lacks one."""
     spec(row.model)
     machine(row)
-    raise _refuse("layout or serving conditions are not stated")
+    refuse("layout or serving conditions are not stated")
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import NoReturn
 
 from simulator.calibration import Calibration
 from simulator.data import data_path
@@ -21,6 +22,11 @@ MICROBENCHMARKS = ("comm_busbw", "kernel_gbps", "kernel_tflops", "kernel_time")
 
 class NotComparableError(Exception):
     """A row that states too little, or of something we do not model; the message is the reason."""
+
+
+def refuse(reason: str) -> NoReturn:
+    """Say why a row is not compared."""
+    raise NotComparableError(reason)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Measurement:
     @cached_property
     def inputs(self) -> Mapping[str, str]:
         """`other_inputs`, `heads` and `parallelism` as a mapping: "M=64;N=2112" -> {"M": "64", "N": "2112"}."""
-        parts = ";".join((self.parallelism, self.heads, self.other_inputs)).split(";")
+        parts = f"{self.parallelism};{self.heads};{self.other_inputs}".split(";")
         return dict(part.strip().split("=", 1) for part in parts if "=" in part)
 
     def number(self, name: str) -> float:
@@ -67,8 +73,7 @@ class Measurement:
         text = self.inputs.get(name) or getattr(self, name, "") or ""
         found = re.match(r"\s*[\d.]+", text)
         if found is None:
-            message = f"{name} is not stated"
-            raise NotComparableError(message)
+            refuse(f"{name} is not stated")
         return float(found[0])
 
     @property
@@ -98,6 +103,13 @@ def measurements() -> tuple[Measurement, ...]:
     """Every row of `data/published/measurements.csv`."""
     with data_path("published", "measurements.csv").open(encoding="utf-8", newline="") as file:
         return tuple(Measurement(**row) for row in csv.DictReader(file))
+
+
+@cache
+def addresses() -> Mapping[str, str]:
+    """Where each reference can be read; empty where nobody wrote it down."""
+    with data_path("published", "sources.csv").open(encoding="utf-8", newline="") as file:
+        return {row["reference"]: row["address"] for row in csv.DictReader(file)}
 
 
 @cache

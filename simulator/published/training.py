@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from simulator import phases
-from simulator.published.table import Asked, Measurement, NotComparableError
+from simulator.published.table import Asked, Measurement, refuse
 
 
 def training(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """A training step as a whole: iteration time, MFU, memory, longest trainable sequence."""
     stands = "exists, its conventions are not converted yet" if hasattr(phases, "TrainStep") else "is not modelled yet"
-    message = f"a training step {stands}"
-    raise NotComparableError(message)
+    refuse(f"a training step {stands}")
 
 
 def sequence_parallel(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """Attention over the ranks of a Ulysses x ring group."""
-    message = "Ulysses and ring attention over 8 GPUs are not modelled yet; causal or not is not stated"
-    raise NotComparableError(message)
+    refuse("Ulysses and ring attention over 8 GPUs are not modelled yet; causal or not is not stated")
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
