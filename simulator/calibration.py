@@ -106,8 +106,8 @@ def _load(gpu: Gpu) -> Calibration:
     return _assumed(gpu)
 
 
-def read_profile(file: Path, gpu: str, whose: str = "given") -> Calibration:
-    """Read a profile file."""
+def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str = "") -> Calibration:
+    """Read a profile file.  A row that names an architecture counts on that one only, and before rows that name none."""
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -120,6 +120,7 @@ def read_profile(file: Path, gpu: str, whose: str = "given") -> Calibration:
     if not _is_number(common, least=0.0):
         message = f"{file}: common_sigma = {common!r} is not a number from 0; calibrate again"
         raise ValueError(message)
+    rows = sorted((row for row in rows if row.get("architecture", architecture) == architecture), key=lambda row: "architecture" in row)
     families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row, file) for row in rows}
     return Calibration(gpu, families, float(common), f"{data.get('description', gpu)} ({whose} profile)")
 
@@ -150,14 +151,17 @@ def _is_number(value: object, *, least: float) -> bool:
 
 def _assumed(gpu: Gpu) -> Calibration:
     """Documented priors, with the GPU's own published matmul ceiling where there is one."""
-    priors = read_profile(data_path("calibration", "priors.toml"), gpu.name, "prior")
+    priors = read_profile(data_path("calibration", "priors.toml"), gpu.name, "prior", gpu.architecture)
     families = dict(priors.families)
     for family, constants in priors.families.items():
         kernel, impl, _ = family
         if kernel != "gemm":
             continue
-        for dtype, attained in gpu.attained.items():
+        # fp16 runs at the rate and power of bf16
+        known = {"fp16": gpu.attained["bf16"], **gpu.attained} if "bf16" in gpu.attained else gpu.attained
+        for dtype, attained in known.items():
             share = attained / gpu.peak_flops_per_s(dtype)
-            note = f"published matmul ceiling, {gpu.sources.get(f'attained.{dtype}', 'see data/hardware')}"
+            cited = gpu.sources.get(f"attained.{dtype}") or gpu.sources.get("attained.bf16", "see data/hardware")
+            note = f"published matmul ceiling, {cited}"
             families[kernel, impl, dtype] = replace(constants, tensor=share, source=note)
     return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")
