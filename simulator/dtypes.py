@@ -84,12 +84,14 @@ W_BF16 = WEIGHT_FORMATS["bf16"]
 @dataclass(frozen=True, slots=True)
 class CacheRow:
     """What one token leaves in one layer's cache on one GPU: `elements` of key, value or latent, and `rope` elements
-    of a rotary part that some formats keep wider.  `latent` rows may use formats made for MLA.
+    of a rotary part that some formats keep wider.  `latent` rows may use formats made for MLA; `index` rows are keys
+    that only an indexer reads.
     """
 
     elements: Num
     rope: Num = 0.0
     latent: bool = False
+    index: bool = False
 
 
 @dataclass(frozen=True, slots=True)

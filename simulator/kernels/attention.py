@@ -64,8 +64,9 @@ class Mask(Protocol):
     def seen(self, segment: Segment) -> Seen:
         """Pairs, live keys and keys of a segment."""
 
-    def stored(self, context: Num) -> Tokens:
-        """Tokens whose rows must be kept to continue after `context` tokens."""
+    @property
+    def most(self) -> int | None:
+        """Tokens whose rows must be kept to continue, at most; None for all, 0 where nothing continues."""
 
 
 def _mean_pairs(mask: Mask, segment: Segment) -> Count:
@@ -88,9 +89,10 @@ class Causal:
         context = prefix + segment.new_tokens
         return Seen(segment.new_tokens * prefix + tri(segment.new_tokens), context, context)
 
-    def stored(self, context: Num) -> Tokens:
-        """All."""
-        return context
+    @property
+    def most(self) -> int | None:
+        """All are kept."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,10 @@ class Window:
         live = minimum(prefix, self.width - 1) + segment.new_tokens
         return Seen(_mean_pairs(self, segment), live, minimum(prefix + segment.new_tokens, self.width))
 
-    def stored(self, context: Num) -> Tokens:
-        """min(t, W): a rolling buffer."""
-        return minimum(context, self.width)
+    @property
+    def most(self) -> int | None:
+        """W: a rolling buffer."""
+        return self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,10 @@ class Chunked:
         by_pairs = maximum(scored / maximum(new, 1.0) - 0.5 * (new + 1), 0.0)
         return Seen(scored, where(segment.chunks > 1, by_pairs, inside) + new, minimum(prefix + new, self.width))
 
-    def stored(self, context: Num) -> Tokens:
-        """At most K: the bound a server must plan for (the live count is a sawtooth 1..K)."""
-        return minimum(context, self.width)
+    @property
+    def most(self) -> int | None:
+        """K: the bound a server must plan for (the live count is a sawtooth 1..K)."""
+        return self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +158,10 @@ class Bidirectional:
         context = segment.context
         return Seen(segment.new_tokens * context, context, context)
 
-    def stored(self, context: Num) -> Tokens:  # noqa: ARG002 (an encoder keeps nothing)
-        """Nothing is kept."""
-        return 0.0
+    @property
+    def most(self) -> int | None:
+        """Nothing is kept: an encoder does not continue."""
+        return 0
 
 
 def pairs(mask: Mask, segment: Segment) -> Count:

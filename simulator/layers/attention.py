@@ -12,13 +12,13 @@ from simulator.dtypes import BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal, Mask, Segment, attention
 from simulator.kernels.elementwise import backward, copy, norm, rotary
 from simulator.kernels.gemm import gemm, gemm_backward
-from simulator.layers.layer import Direction, Module, Slice, cached_bytes, shared_share
-from simulator.units import Bytes, Num, Tokens
+from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, StateRules, shared_share
+from simulator.units import Num
 from simulator.work import Op, Serial, Work
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(Remembers):
     """MHA (h = g), GQA, MQA (g = 1).
 
     Parameters: (h + 2 g) d D + h d D, plus biases, QK-norm (2 d) and the block's norm (D).
@@ -36,9 +36,6 @@ class Attention:
     qk_norm: bool = False
     learned_sinks: bool = False
     weight: WeightFormat = W_BF16
-
-    #: A rank that shares caches gathers queries, not the past (FlashAttention backends of vLLM under DCP).
-    gathers_past = False
 
     def whole(self, segments: tuple[Segment, ...]) -> Slice:
         """All heads."""
@@ -63,17 +60,11 @@ class Attention:
             found.append(Module("sinks", held.heads, W_BF16))
         return found
 
-    def cache_row(self, held: Slice) -> CacheRow:
-        """Keys and values of the local key-value heads: 2 g d."""
-        return CacheRow(held.kv_heads * (2 * self.head_dim))
-
-    def stored_tokens(self, context: Num) -> Tokens:
-        """What the mask keeps."""
-        return self.mask.stored(context)
-
-    def state_bytes(self, held: Slice, cache: CacheFormat) -> Bytes:
-        """Sum over segments: sequences x stored tokens x row."""
-        return cached_bytes(self, held, cache)
+    def kept(self, held: Slice, rules: StateRules = ARCHITECTURE) -> tuple[Kept, ...]:  # noqa: ARG002 (rows alone)
+        """Keys and values of the local key-value heads, 2 g d, of the tokens the mask keeps."""
+        if self.mask.most == 0:
+            return ()
+        return (Kept(Keep.ROWS, CacheRow(held.kv_heads * (2 * self.head_dim)), most=self.mask.most),)
 
     def query_elements(self, held: Slice) -> Num:
         """Query elements per token on this rank: h d."""

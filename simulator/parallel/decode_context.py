@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from simulator.dtypes import BF16, FP32, CacheFormat
-from simulator.kernels.attention import Window
 from simulator.kernels.messages import message
 from simulator.layers import Attention
 from simulator.layers.layer import Layer, Slice, is_mixer
@@ -66,6 +65,6 @@ class DecodeContext(Scheme):
                         f"so at most {most} ranks can share it; use --dcp {most}"
                     )
                     return
-                if isinstance(layer.mask, Window) or layer.mask.stored(2**40) < 2**40:
+                if layer.mask.most is not None:
                     yield f"--dcp {c}: not offered for models with windowed or chunked layers; use --dcp 1"
                     return
