@@ -16,7 +16,7 @@ from simulator.kernels.attention import Causal, Mask, Segment, attention
 from simulator.kernels.elementwise import backward, copy, norm, rotary
 from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
-from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, StateRules, shared_share
+from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, Split, StateRules, shared_share
 from simulator.units import Num, minimum
 from simulator.work import Aside, Select, Serial, Work
 
@@ -74,6 +74,11 @@ class LatentAttention(Remembers):
     def kept(self, held: Slice, rules: StateRules = ARCHITECTURE) -> tuple[Kept, ...]:  # noqa: ARG002 (the same on every rank)
         """One latent row of r + d_r per token, whatever the number of heads."""
         return (Kept(Keep.ROWS, CacheRow(float(self.kv_lora_rank), float(self.qk_rope_head_dim), latent=True), most=self.mask.most),)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Heads are divided; the latent row is every rank's."""
+        return (Split("attention heads", self.num_attention_heads),)
 
     def query_elements(self, held: Slice) -> Num:
         """Absorbed queries: n (r + d_r)."""

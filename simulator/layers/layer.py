@@ -87,7 +87,7 @@ class Keep(Enum):
 class Kept:
     """One thing a mixer keeps of one sequence on one rank: `rows(context)` rows of `row` elements.
 
-    A row comes with every `every`-th token; `most` rows are kept (None: all).  A state is one row that is there from
+    A row comes with every `every`-th token after the first `late`; `most` rows are kept (None: all).  A state is one row that is there from
     the first token (`every` 0).  With a `cycle` only the t mod cycle newest are kept.  `dtype` is the element type of what no cache format touches, None what the cache's
     format stores.
     """
@@ -98,14 +98,15 @@ class Kept:
     most: int | None = None
     cycle: int | None = None
     dtype: DType | None = None
+    late: int = 0
 
     def rows(self, context: Num, rules: StateRules | None = None) -> Num:
-        """Rows kept after `context` tokens: min(floor(t / every), most), one for a state."""
+        """Rows kept after `context` tokens: min(floor((t - late) / every), most), one for a state."""
         if self.every == 0:
             return minimum(context, 1.0)
         if self.cycle is not None:
             return context - floor(context / self.cycle) * self.cycle
-        held = context if self.every == 1 else floor(context / self.every)
+        held = context if self.every == 1 else floor(maximum(context - self.late, 0.0) / self.every)
         if self.most is None:
             return held
         spare = rules.window_spare if rules is not None and self.keep is Keep.ROWS else 0
@@ -155,6 +156,22 @@ TRANSFORMERS = StateRules(
 )
 
 
+class Split(NamedTuple):
+    """Something of a layer that tensor ranks share out: `count` units called `name`.
+
+    With `copied`, more ranks than units hold copies, as many of each.
+    """
+
+    name: str
+    count: int
+    copied: bool = False
+
+
+def tensor_share(held: Slice, ranks: Num) -> Slice:
+    """What one of `ranks` ranks holds of a mixer: heads / t, key-value heads (or groups) / t but at least one."""
+    return held._replace(heads=held.heads / ranks, kv_heads=maximum(held.kv_heads / ranks, 1.0), tensor_ranks=ranks)
+
+
 class Layer(Protocol):
     """One residual sub-block: norm, mixing, residual addition."""
 
@@ -181,6 +198,13 @@ class Mixer(Layer, Protocol):
     def output_elements(self, held: Slice) -> Num:
         """Elements of one token's core output on this rank."""
 
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """What tensor ranks divide."""
+
+    def inner_elements(self, held: Slice) -> Num:
+        """Elements per token that tensor ranks must sum before the mixer can go on."""
+
     def kept(self, held: Slice, rules: StateRules = ARCHITECTURE) -> tuple[Kept, ...]:
         """The state plan: everything kept of one sequence on one rank."""
 
@@ -201,6 +225,23 @@ class Remembers:
 
     #: A rank that shares caches gathers queries, not the past, unless a mixer says otherwise.
     gathers_past = False
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """What tensor ranks divide: none of it may be cut, some may be copied."""
+        raise NotImplementedError
+
+    def inner_elements(self, held: Slice) -> Num:  # noqa: ARG002 (most mixers sum only their output)
+        """Elements per token that tensor ranks must sum before the mixer can go on."""
+        return 0.0
+
+    def query_elements(self, held: Slice) -> Num:
+        """Elements of one token's queries on this rank, as the core takes them."""
+        raise NotImplementedError
+
+    def output_elements(self, held: Slice) -> Num:
+        """Elements of one token's core output on this rank."""
+        raise NotImplementedError
 
     def whole(self, segments: tuple[Segment, ...]) -> Slice:
         """The slice of a rank that holds everything."""
