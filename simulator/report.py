@@ -282,7 +282,7 @@ def _print_cache(plan: Plan, console: Console) -> None:
         [f"vLLM {plan.engine.version} ({plan.best.layout})", f"{allocated / context:,.0f} B", "", gib(allocated)],
     ]
     _table(console, "Cache of one sequence", ["counted", "per token", "fixed", "at the asked context"], rows)
-    if allocated > 1.02 * total:
+    if allocated > 1.02 * total > 0:
         console.print(f"  vLLM holds {allocated / total:.2f} x the architecture's bytes: copies of the cache over ranks, whole blocks, tokens in flight")
     for line in capacity.log_lines:
         console.print(f"  {line}" + (f"   (each of {int(capacity.replicas)} engines)" if capacity.replicas > 1 else ""), highlight=False)

@@ -165,13 +165,13 @@ TRANSFORMERS = StateRules(
 
 
 class Split(NamedTuple):
-    """Something of a layer that tensor ranks share out: `count` units called `name`.
+    """Something of a layer that tensor ranks share out: `units` called `name`.
 
     With `copied`, more ranks than units hold copies, as many of each.
     """
 
     name: str
-    count: int
+    units: int
     copied: bool = False
 
 
