@@ -13,7 +13,15 @@ from simulator.footprint import Footprint
 from simulator.hardware import Cluster
 from simulator.kernels.attention import Chunked, DualChunk, Sinks, Window
 from simulator.layers import (
-    Attention, CompressedAttention, GatedDeltaNet, IndexedLatentAttention, KimiDeltaAttention, LatentAttention, LightningAttention, Mamba, Mamba2,
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    IndexedLatentAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    LightningAttention,
+    Mamba,
+    Mamba2,
     ParallelMixers,
 )  # fmt: skip
 from simulator.layers.layer import Keep, Mixer

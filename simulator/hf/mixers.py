@@ -16,8 +16,22 @@ from simulator.hf.keys import Keys
 from simulator.kernels.attention import Causal, Chunked, DualChunk, Mask, Sinks, Window
 from simulator.kernels.sparse_attention import Banded, BigBird
 from simulator.layers import (
-    Attention, CompressedAttention, GatedDeltaNet, IndexedLatentAttention, KimiDeltaAttention, LatentAttention, Layer,
-    LightningAttention, Linear, Mamba, Mamba2, MixtureOfBlockAttention, Mixer, NativeSparseAttention, ParallelMixers, ShortConv,
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    IndexedLatentAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    Layer,
+    LightningAttention,
+    Linear,
+    Mamba,
+    Mamba2,
+    Mixer,
+    MixtureOfBlockAttention,
+    NativeSparseAttention,
+    ParallelMixers,
+    ShortConv,
 )  # fmt: skip
 
 #: Layers of nemotron_h by letter; a channel mixer's letter is read in `channels`.
