@@ -385,9 +385,16 @@ EXTRA = (
     "head_dim", "rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", "quantization_config", "moe_layers", "mlp_only_layers",
     "moe_layer_freq", "decoder_sparse_step", "dual_chunk_attention_config", "shared_expert_intermediate_size", "intermediate_size_mlp", "text_config",
     "model_type", "torch_dtype", "dtype", "tie_word_embeddings", "kv_lora_rank", "num_experts", "max_position_embeddings", "interleave_moe_layer_step",
+    "hybrid_override_pattern", "attn_type_list", "linear_attn_config", "attn_layer_period", "block_configs", "compress_ratios", "indexer_types", "mlp_layer_types",
+    "attention_window", "mamba_expand", "mamba_dt_rank", "time_step_rank", "mamba_ssm_dtype", "state_size", "n_groups", "hc_mult", "moe_latent_size", "num_hash_layers",
+    "moba_topk", "expert_dtype", "num_nextn_predict_layers", "full_attention_interval", "conv_kernel", "expansion_ratio", "kda", "only", "spelled as",
 )  # fmt: skip
 #: A stack of 10**9 layers is a test of its own; here it would only be slow.
-CHANGEABLE = {name: sorted(({*config_of(name), *EXTRA}) - {"num_hidden_layers"}) for name in ("meta-llama/Meta-Llama-3.1-8B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-20b", "Qwen/Qwen3-30B-A3B")}
+CHANGEABLE = {name: sorted(({*config_of(name), *EXTRA}) - {"num_hidden_layers", "n_layer", "n_layers"}) for name in (
+    "meta-llama/Meta-Llama-3.1-8B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-20b", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-Next-80B-A3B", "deepseek-ai/DeepSeek-V4-Flash",
+    "ai21labs/Jamba-v0.1", "moonshotai/Kimi-Linear-48B-A3B-Instruct", "nvidia/Nemotron-3-Nano", "MiniMaxAI/MiniMax-M1", "allenai/longformer-base-4096", "zai-org/GLM-5.2",
+    "nvidia/Llama-3_3-Nemotron-Super-49B-v1", "state-spaces/mamba-2.8b.ov_mirror", "mosaicml/mpt-7b-storywriter", "google/bigbird-roberta-base", "microsoft/Samba-1.3B",
+)}
 
 
 @settings(max_examples=400)
