@@ -271,8 +271,9 @@ class Vllm:
         row: Bytes = 0.0
         placed, asked = layout.place(model), (Segment(1.0, 0.0, 1.0),)
         for _, layer in model.mixers:
-            if _is_paged(layer):
-                row = maximum(row, model.cache.row_bytes(layer.cache_row(placed.shard(layer, asked))))
+            paged = [item for item in layer.kept(placed.shard(layer, asked)) if item.every]
+            page = sum(model.cache.row_bytes(item.row) / item.every for item in paged if item.grows or len(paged) == 1)
+            row = maximum(row, page)
         if not self.groups(model):
             return maximum(_state_bytes(model, layout), 1.0)
         page = self.block_tokens(model, gpu) * row
