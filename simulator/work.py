@@ -24,7 +24,8 @@ class Op:
     """The work of one kernel on one GPU.
 
     Executed work by pipe: `tensor_flops` at the rate of `math`, `vector_flops` on the fp32 pipes, `exponentials` on
-    the special-function units.  `model_flops` is the useful part (backward = 2 x forward, no recompute, no padding).
+    the special-function units.  `operands` names the stored type where it is not that of `math` and the kernel converts it (an
+    fp8 cache read by a bf16 core).  `model_flops` is the useful part (backward = 2 x forward, no recompute, no padding).
     `hbm_bytes` is compulsory traffic: every operand once.  `shape` holds the kernel's own extents, from which the
     time side works out tiles and re-reads.  `aside` makes what no time depends on, when it is asked for.
     """
@@ -33,6 +34,7 @@ class Op:
     kernel: str
     impl: str = ""
     math: str = "bf16"
+    operands: str = ""
     tensor_flops: Flops = 0.0
     exponentials: Count = 0.0
     model_flops: Flops = 0.0
@@ -64,8 +66,8 @@ class Op:
 
     @property
     def family(self) -> tuple[str, str, str]:
-        """What is calibrated together: kernel, implementation and element type."""
-        return (self.kernel, self.impl, self.math)
+        """What is calibrated together: kernel, implementation and element type (of the stored operands, then of the math)."""
+        return (self.kernel, self.impl, self.operands or self.math)
 
 
 class Aside(NamedTuple):
