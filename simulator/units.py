@@ -189,6 +189,11 @@ def where(condition: Any, x: Num, y: Num) -> Num:
     return np.where(condition, x, y)
 
 
+def log2(x: Num) -> Num:
+    """Logarithm to base two."""
+    return math.log2(x) if type(x) in _PLAIN else np.log2(x)
+
+
 def root(x: Num, power: int) -> Num:
     """The `power`-th root for a power of two, by square roots."""
     while power > 1:

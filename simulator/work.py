@@ -486,12 +486,13 @@ class PeakBytes:
         return where(mask, a[0], b[0]), where(mask, a[1], b[1])
 
     def pipeline(self, flows: Sequence[Flow], values: list[list[tuple[Num, Num]]]) -> tuple[Num, Num]:
-        """The most of any stage and flow."""
-        flat = [
-            (net, np.max(peak, axis=0) if flow.runs and np.ndim(peak) == np.ndim(flow.count) else peak)
+        """The most of any stage and flow, of runs and flows that there are."""
+        there = [
+            (flow, net, where(flow.count > 0, peak, 0.0) if isinstance(flow.count, np.ndarray) else peak)
             for flow, stages in zip(flows, values, strict=True)
             for net, peak in stages
         ]
+        flat = [(net, np.max(peak, axis=0) if flow.runs and np.ndim(peak) == np.ndim(flow.count) else peak) for flow, net, peak in there]
         return _largest([n for n, _ in flat]), _largest([p for _, p in flat])
 
 

@@ -88,7 +88,7 @@ ESTIMATE = HEAD | {"seconds", "flops", "model_flops", "hbm_bytes", "wire_bytes",
 ROW = {"name", "kernel", "impl", "dtype", "count", "seconds", "lower", "flops", "model_flops", "hbm_bytes", "wire_bytes", "bound_by", "basis"}
 KERNEL = HEAD | {"flops", "model_flops", "hbm_bytes", "seconds", "bound_by", "calibration", "launched"}
 KV = HEAD | {"bytes_per_token", "fixed_bytes", "bytes_per_sequence", "layers", "engines"}
-KV_LAYER = {"count", "kind", "row_bytes", "stored_tokens", "bytes_per_sequence"}
+KV_LAYER = {"count", "kind", "keeps", "row_bytes", "stored_tokens", "bytes_per_sequence"}
 
 
 def intervals(document: Any) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "fp
 #: FORMULAS 2.3: b + scale bits / group.
 STORED_BITS = {
     "fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8 + 32 / 128**2, "mxfp4": 4.25, "nvfp4": 4.5, "int8": 8,
-    "int4": 4 + 20 / 128,
+    "int4": 4 + 20 / 128, "int4_g32": 4.5, "mxfp4_fp8": 4.25,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator import Calibration
-from simulator.dtypes import BF16, CACHE_FORMATS, FP8, WEIGHT_FORMATS
+from simulator.dtypes import BF16, CACHE_FORMATS, FP8, WEIGHT_FORMATS, CacheRow
 from simulator.kernels import elementwise as streams
 from simulator.kernels.attention import Bidirectional, Causal, Chunked, Mask, Segment, Window, attention, pairs
 from simulator.kernels.elementwise import activation, copy, elementwise, norm, rotary
@@ -24,6 +24,7 @@ from simulator.kernels.latent_attention import crossover_tokens, latent_attentio
 from simulator.kernels.messages import PATTERNS, message
 from simulator.launch import LAUNCHES, Launched, fills, launch
 from simulator.layers import Attention, Direction, GatedMLP, Head, LatentAttention, MoE
+from simulator.layers.layer import Keep, Kept
 from simulator.phases import Decode, Prefill, System
 from simulator.timing import Clock
 from simulator.work import Group, Op, fold, quantity
@@ -97,10 +98,9 @@ def test_a_cumulative_count_is_that_of_a_prefill(mask: Mask, n: int) -> None:
 
 @given(st.integers(1, 60), st.integers(0, 200))
 def test_a_window_keeps_its_width_and_a_block_no_more_than_its_own(width: int, context: int) -> None:
-    assert Window(width).stored(float(context)) == min(context, width)
-    assert Chunked(width).stored(float(context)) == min(context, width)
-    assert Causal().stored(float(context)) == context
-    assert Bidirectional().stored(float(context)) == 0
+    row = CacheRow(1.0)
+    for mask, rows in ((Window(width), min(context, width)), (Chunked(width), min(context, width)), (Causal(), context), (Bidirectional(), 0)):
+        assert Kept(Keep.ROWS, row, most=mask.most).rows(float(context)) == rows
 
 
 @given(masks, st.lists(st.tuples(lengths, st.integers(0, 60)), min_size=1, max_size=6))
@@ -424,7 +424,8 @@ def test_what_is_launched_is_no_less_than_what_must_be_done(name: str) -> None:
 
 @pytest.mark.parametrize("kernel", LAUNCHES)
 def test_every_kernel_with_a_tiling_occurs_and_has_a_prior(kernel: str) -> None:
-    occurs = {op.kernel for name in ("deepseek-ai/DeepSeek-V3", "openai/gpt-oss-120b") for op in ops_of(name)} | {"attention_backward"}
+    names = ("deepseek-ai/DeepSeek-V3", "openai/gpt-oss-120b", "deepseek-ai/DeepSeek-V4-Flash", "ai21labs/Jamba-v0.1", "Qwen/Qwen3-Next-80B-A3B")
+    occurs = {op.kernel for name in names for op in ops_of(name)} | {"attention_backward", "long_convolution"}
     assert kernel in occurs
     known = {family[0] for family in Calibration.load(machine("h200").gpu).families}
     assert kernel in known
