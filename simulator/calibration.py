@@ -112,8 +112,9 @@ def _load(gpu: Gpu) -> Calibration:
             if name and file.is_file():
                 found = read_profile(file, gpu.name, whose)
                 families = found.families if not title else {f: _borrowed(c, name) for f, c in found.families.items()}
-                # what was not measured keeps its prior
-                return replace(found, families={**assumed.families, **families}, description=title + found.description)
+                # what was not measured keeps its prior; a row without a dtype stands for all
+                kept = {f: c for f, c in assumed.families.items() if (*f[:2], "") not in families}
+                return replace(found, families={**kept, **families}, description=title + found.description)
     return assumed
 
 

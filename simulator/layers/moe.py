@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from simulator.dtypes import BF16, W_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
-from simulator.kernels.elementwise import activation, backward, copy, elementwise, norm
+from simulator.kernels.elementwise import activation, backward, elementwise, norm
 from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.grouped_gemm import busiest_rank, experts_hit, grouped_gemm
 from simulator.layers.layer import Direction, Module, Slice
@@ -107,9 +107,10 @@ class MoE:
         outer, ups, weight = float(self.expert_width), self._ups * inner, self.expert_weight
         first = norm("moe norm", tokens=tokens, width=width)
         router: Size = {"m": tokens, "n": float(self.num_experts), "k": width}
-        permute = copy("permute", rows=rows, width=outer)
+        # every token is read once and written to its experts' rows; those are read and added into one row
+        permute = elementwise("permute", rows=1.0, read=tokens * outer, written=rows * outer, impl="copy", flops_per_element=0.0)
         gate = self._activation("expert activation", rows, inner)
-        combine = copy("combine", rows=rows, width=outer)
+        combine = elementwise("combine", rows=1.0, read=rows * outer, written=tokens * outer, impl="copy", flops_per_element=2.0)
         into: Size = {"m": tokens, "n": outer, "k": width}
         out_of: Size = {"m": tokens, "n": width, "k": outer}
         narrow = self.latent_size is not None
