@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -380,6 +381,15 @@ def test_every_model_of_the_catalog_answers_kv(say: Say, name: str) -> None:
     assert found["bytes_per_sequence"] == pytest.approx(found["bytes_per_token"] * 2**20 + found["fixed_bytes"])
     assert found["engines"]["vllm"]["bytes_per_sequence"] >= found["bytes_per_sequence"] * (1 - 1e-12)
     assert say("kv", name).code == 0
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in MAIN])
+@pytest.mark.parametrize("number", [8, 16])
+def test_every_model_of_the_catalog_answers_size(say: Say, name: str, number: int) -> None:
+    said = say("size", name, "--gpus", number, "--context", "32K", "--json")
+    assert said.code in (0, 3)
+    assert said.err == ""
+    assert math.isfinite(said.document["memory_bytes_per_gpu"]["total"])
 
 
 @pytest.mark.parametrize("name", MAIN)

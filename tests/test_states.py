@@ -14,7 +14,7 @@ from simulator import load_model
 from simulator.data import data_path
 from simulator.dtypes import CACHE_FORMATS, FP32, CacheFormat, CacheRow, DType
 from simulator.hf import read_config
-from simulator.kernels.attention import Bidirectional, Causal, Chunked, DualChunk, Segment, Window
+from simulator.kernels.attention import Bidirectional, Causal, Chunked, DualChunk, Segment, Sinks, Window
 from simulator.kernels.sparse_attention import Banded, BigBird
 from simulator.layers import (
     MLP,
@@ -305,3 +305,38 @@ def test_a_model_of_the_catalog_loads_by_its_file(name: str) -> None:
 
 def test_a_plain_format_stores_an_index_key_like_any_row() -> None:
     assert CacheFormat("bf16", 16, DType("bf16", 16)).row_bytes(CacheRow(128.0, index=True)) == 256
+
+
+# ---- claims about mixers and caches (FORMULAS section 8), our number beside each
+
+
+def test_a_token_takes_32768_floats_of_mha_2048_of_gqa_576_of_mla_256_of_mqa() -> None:
+    """The blog's figure 4: 1, 16, 56.9 and 128 times fewer than V3's 128 heads of 128."""
+    heads = [Attention(7168, 128, g, 128) for g in (128, 8, 1)]
+    floats = [float(layer.cache_row(layer.whole(NOTHING)).elements) for layer in heads]
+    latent = next(layer for _, layer in model("deepseek-ai/DeepSeek-V3").mixers).cache_row(heads[0].whole(NOTHING))
+    assert [*floats, latent.elements + latent.rope] == [32_768, 2048, 256, 576]
+    assert (32_768 / 2048, 32_768 / 256) == (16, 128)
+    assert round(32_768 / 576, 1) == 56.9
+
+
+def test_attention_from_2048_to_a_million_tokens_grows_a_quarter_million_times() -> None:
+    assert Causal().cumulative(float(M1)) / Causal().cumulative(2048.0) == pytest.approx(262_144, rel=5e-4)
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM3-3B", "meta-llama/Llama-4-Scout-17B-16E-Instruct"])
+def test_every_fourth_layer_has_no_positions(name: str) -> None:
+    spec = model(name)
+    turned = [spec.kinds[kind][0].rotary_dim > 0 for kind in spec.order]  # type: ignore[union-attr]
+    assert turned == [True, True, True, False] * (spec.num_layers // 4)
+
+
+def test_four_sinks_and_a_window_keep_2048_slots_of_llama_2_in_one_gib() -> None:
+    layer = Attention(4096, 32, 32, 128, mask=Sinks(4, 2044))
+    for tokens in (2048.0, 1e6):
+        assert 32 * layer.state_bytes(layer.whole((Segment(1.0, 0.0, tokens),)), BF16_CACHE) == 2**30
+
+
+def test_kimi_linear_keeps_a_quarter_of_its_layers_caches() -> None:
+    full = sum(count for count, layer in model("moonshotai/Kimi-Linear-48B-A3B-Instruct").mixers if isinstance(layer, LatentAttention))
+    assert 1 - full / 27 == pytest.approx(0.741, abs=1e-3)
