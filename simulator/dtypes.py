@@ -76,6 +76,10 @@ WEIGHT_FORMATS = {
         WeightFormat("int8", 8, INT8, INT8),
         # weight only, fp16 scale per group of 128 (AWQ, GPTQ)
         WeightFormat("int4", 4, BF16, BF16, 16 + 4, 128),
+        # weight only, symmetric, bf16 scale per group of 32 (Kimi-K2 Thinking config.json)
+        WeightFormat("int4_g32", 4, BF16, BF16, 16, 32),
+        # fp4 experts with one e8m0 scale per 32, multiplied in fp8 (DeepSeek-V4 config.json, expert_dtype fp4; report 4.2)
+        WeightFormat("mxfp4_fp8", 4, FP8, FP8, 8, 32),
     )
 }
 W_BF16 = WEIGHT_FORMATS["bf16"]

@@ -30,6 +30,7 @@ class LatentAttention(Remembers):
 
     Parameters: D r_q + r_q n (d_n + d_r) + D (r + d_r) + r n (d_n + d_v) + n d_v D.  The two down-projections, their
     norms and the cache are held whole by every rank of a tensor-parallel group.
+    `rotary` false: the d_r dimensions exist but are not turned (Kimi-Linear).
     Decode absorbs W_UK and W_UV into query and output; a prefill chunk re-expands keys and values of everything it
     sees, P + C tokens, unless it is shorter than the crossover.  Source: FORMULAS 1.4.
     """
@@ -43,6 +44,7 @@ class LatentAttention(Remembers):
     v_head_dim: int
     mask: Mask = Causal()
     weight: WeightFormat = W_BF16
+    rotary: bool = True
     gathers_past = True
 
     def whole(self, segments: tuple[Segment, ...]) -> Slice:
@@ -96,7 +98,7 @@ class LatentAttention(Remembers):
         query: Size = {"m": tokens, "n": held.heads * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
         first = norm("attention norm", tokens=tokens, width=width)
         inner = norm("latent norm", tokens=tokens, width=down / 2)
-        turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * self.qk_rope_head_dim)
+        turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * (self.qk_rope_head_dim if self.rotary else 0))
         down_size: Size = {"m": tokens, "n": down, "k": width}
         o_size: Size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
         if direction is Direction.BACKWARD:
