@@ -130,12 +130,15 @@ class ModelSpec:
         return total
 
     def constant(self, cache: CacheFormat | None = None, rules: StateRules = ARCHITECTURE) -> Bytes:
-        """Bytes of a sequence that stop growing: windows, states, tails."""
+        """Bytes of a sequence that stop growing: windows, states, tails, what a residual window takes beyond stored rows."""
         total: Bytes = 0.0
         for count, layer in self.mixers:
             for item in layer.kept(layer.whole(_NOTHING), rules):
+                stored = cache or self.cache
                 if not item.grows and item.cycle is None:
-                    total = total + count * item.bytes(1e18, cache or self.cache, rules)
+                    total = total + count * item.bytes(1e18, stored, rules)
+                elif item.grows and item.dtype is None:
+                    total = total + count * stored.residual_bytes(item.row)
         return total
 
     def cache_slope(self, context: Num, cache: CacheFormat | None = None) -> Bytes:
@@ -149,6 +152,11 @@ class ModelSpec:
             row = layer.cache_row(layer.whole(_NOTHING))
             found.append((count, layer, row, (cache or self.cache).row_bytes(row)))
         return found
+
+    def cache_rows(self) -> list[CacheRow]:
+        """The distinct rows that the cache's format stores."""
+        kept = [item for _, layer in self.mixers for item in layer.kept(layer.whole(_NOTHING)) if item.dtype is None]
+        return list(dict.fromkeys(item.row for item in kept))
 
     def with_formats(self, *, weight: WeightFormat | None = None, cache: CacheFormat | None = None) -> ModelSpec:
         """The same architecture stored otherwise: linear layers in `weight`, embeddings and head untouched."""

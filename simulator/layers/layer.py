@@ -115,8 +115,8 @@ class Kept:
     def bytes(self, context: Num, cache: CacheFormat, rules: StateRules | None = None) -> Bytes:
         """Bytes kept of a sequence of `context` tokens."""
         dtype = rules.dtype_of(self) if rules is not None else self.dtype
-        row = cache.row_bytes(self.row) if dtype is None else (self.row.elements + self.row.rope) * dtype.bytes
-        return self.rows(context, rules) * row
+        rows = self.rows(context, rules)
+        return cache.bytes(rows, self.row) if dtype is None else rows * ((self.row.elements + self.row.rope) * dtype.bytes)
 
     @property
     def grows(self) -> bool:
