@@ -207,4 +207,59 @@ def fills(launched: Launched, blend: Num) -> Num:
     return stepped * blend + smooth * (1 - blend)
 
 
+#: Rows of a warp-level matrix instruction: what the query heads of one key-value head are padded to where every query
+#: token gathers rows of its own.
+_GATHER_ROWS = 16.0
+
+
+def launch_gathered(op: Op, gpu: Gpu) -> Launched:
+    """Every query token gathers its own rows: its heads of one key-value head are one tile, padded to 16 rows.
+
+    Rows that several tokens select are read again as far as the live rows do not stay in L2: (gathered - live) row bytes
+    x / (x + L2), x the live bytes.  Few tokens split their keys over idle SMs.  Source: FORMULAS 3.5, 3.6.
+    """
+    s = op.shape
+    group = maximum(s["heads"] / s["kv_heads"], 1e-9)
+    padded = ceil(group * (1 / _GATHER_ROWS)) * _GATHER_ROWS / group
+    footprint = s["live"] * s["row_bytes"]
+    again = maximum(s["gathered"] - s["live"], 0.0) * s["row_bytes"] * (footprint / (footprint + gpu.l2_bytes))
+    tiles = s["sequences"] * s["tokens"] * s["kv_heads"]
+    blocks = maximum(ceil(s["keys"] * (1 / PAD_M)), 1.0)
+    splits = minimum(maximum(gpu.units / maximum(tiles, 1e-9), 1.0), blocks)
+    outputs = s["sequences"] * s["heads"] * s["tokens"] * (8.0 * (s["v_head_dim"] + 1))
+    partials = where(splits > 1.0, outputs * splits, 0.0)
+    return Launched(
+        op.tensor_flops * padded, op.exponentials * padded, op.hbm_bytes + again + partials, tiles * splits, gpu.units,
+        maximum(s["keys"] / splits, 1.0),
+    )  # fmt: skip
+
+
+def launch_index_scores(op: Op, gpu: Gpu) -> Launched:
+    """Scores leave the kernel in fp32 and are read once by the selection: 8 bytes per scored pair.
+
+    Tiles of 64 query rows (all heads of a token) x 128 keys.  Source: FORMULAS 3.5; DeepGEMM fp8_mqa_logits.
+    """
+    s = op.shape
+    rows = maximum(ceil(s["heads"] * s["tokens"] * (1 / PAD_M)), 1.0) * s["sequences"]
+    tiles = rows * maximum(ceil(s["keys"] * (1 / TILE_N)), 1.0)
+    return Launched(op.tensor_flops, 0.0, op.hbm_bytes + 8.0 * s["scored"], tiles, gpu.units, s["head_dim"])
+
+
+def launch_chunk_scan(op: Op, gpu: Gpu) -> Launched:
+    """A tile per chunk, head and sequence; the last chunk of a sequence is padded.  Source: FORMULAS 1.15-1.18."""
+    s = op.shape
+    chunks = ceil(s["tokens"] / s["chunk"])
+    padded = chunks * s["chunk"] / maximum(s["tokens"], 1e-9)
+    return Launched(op.tensor_flops * padded, 0.0, op.hbm_bytes, s["sequences"] * s["heads"] * chunks, gpu.units, s["chunk"])
+
+
+LAUNCHES |= {
+    "sparse_attention": launch_gathered,
+    "index_scores": launch_index_scores,
+    "chunk_scan": launch_chunk_scan,
+    "recurrent_step": launch_plain,
+    "selective_scan": launch_plain,
+    "long_convolution": launch_plain,
+}
+
 __all__ = ["LAUNCHES", "Launched", "Port", "carry", "fills", "launch", "port"]

@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from simulator.dtypes import C_BF16, CacheFormat, CacheRow, WeightFormat
+from simulator.dtypes import C_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.layers.embedding import Embedding, Head
-from simulator.layers.layer import ARCHITECTURE, Layer, Mixer, StateRules, is_mixer, parameters, weight_bytes
+from simulator.layers.layer import ARCHITECTURE, Kept, Layer, Mixer, StateRules, is_mixer, parameters, weight_bytes
 from simulator.units import Bytes, Count, Num
 
 Block = tuple[Layer, ...]
@@ -142,16 +142,18 @@ class ModelSpec:
         return total
 
     def cache_slope(self, context: Num, cache: CacheFormat | None = None) -> Bytes:
-        """Bytes one more token adds at `context`."""
-        return self.cache_bytes(context + 1, cache) - self.cache_bytes(context, cache)
-
-    def rows(self, cache: CacheFormat | None = None) -> list[tuple[int, Mixer, CacheRow, Bytes]]:
-        """Per kind of mixer: count, layer, row and bytes of a row."""
-        found = []
+        """Bytes per token at `context`, in the mean over the tokens an entry stands for."""
+        total: Bytes = 0.0
         for count, layer in self.mixers:
-            row = layer.cache_row(layer.whole(_NOTHING))
-            found.append((count, layer, row, (cache or self.cache).row_bytes(row)))
-        return found
+            for item in layer.kept(layer.whole(_NOTHING)):
+                if item.every:
+                    row = (cache or self.cache).row_bytes(item.row) if item.dtype is None else item.row.elements * item.dtype.bytes
+                    total = total + count * row * item.rate(context)
+        return total
+
+    def rows(self) -> list[tuple[int, Mixer, Kept]]:
+        """Everything kept, by kind of mixer: count, layer, item."""
+        return [(count, layer, item) for count, layer in self.mixers for item in layer.kept(layer.whole(_NOTHING))]
 
     def cache_rows(self) -> list[CacheRow]:
         """The distinct rows that the cache's format stores."""

@@ -203,10 +203,12 @@ class Vllm:
         1.5 times it.
         """
         kinds: dict[tuple[int | None, bool], list[int]] = {}
-        kept = [[_kept(layer) for layer in block if is_mixer(layer)] for block in model.kinds]
+        kept = [[_kept(layer) for layer in block if is_mixer(layer) and _is_paged(layer)] for block in model.kinds]
         for index, kind in enumerate(model.order):
             for what in kept[kind]:
                 kinds.setdefault(what, []).append(index)
+        if not kinds:
+            return []
         if len(kinds) == 1:
             ((window, whole), layers), = kinds.items()
             return [Group(tuple(layers), window, whole)]
@@ -229,9 +231,11 @@ class Vllm:
         in flight.
         """
         block, flight, groups = float(self.block_tokens(model, gpu)), self._in_flight(model, layout, gpu), self.groups(model)
+        # states lie in pool blocks of their own, whatever the context
+        states = ceil(_state_bytes(model, layout) / self._pool_bytes(model, layout, gpu))
 
         def count(tokens: Tokens) -> Count:
-            total: Count = 0.0
+            total: Count = states
             for group in groups:
                 if group.window is None:
                     total = total + ceil(ceil(tokens / layout.dcp) / block)
@@ -239,7 +243,7 @@ class Vllm:
                     total = total + ceil(minimum(group.window + flight, tokens) / block)
                 else:
                     total = total + ceil(minimum(group.window - 1 + flight, tokens) / block) + 1
-            return total
+            return maximum(total, 1.0)
 
         return count
 
@@ -267,7 +271,10 @@ class Vllm:
         row: Bytes = 0.0
         placed, asked = layout.place(model), (Segment(1.0, 0.0, 1.0),)
         for _, layer in model.mixers:
-            row = maximum(row, model.cache.row_bytes(layer.cache_row(placed.shard(layer, asked))))
+            if _is_paged(layer):
+                row = maximum(row, model.cache.row_bytes(layer.cache_row(placed.shard(layer, asked))))
+        if not self.groups(model):
+            return maximum(_state_bytes(model, layout), 1.0)
         page = self.block_tokens(model, gpu) * row
         if not isinstance(layout.pp, np.ndarray):
             return page * self._layers_per_block(model, int(layout.pp))
@@ -389,6 +396,21 @@ _CACHE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8", "int8": "i
 def _is_dense(model: ModelSpec) -> bool:
     """Dense models run on vLLM's second model runner, which reserves nothing for CUDA graphs and keeps pp + 1 batches."""
     return not any(isinstance(layer, MoE) for layer in model.layers)
+
+
+def _is_paged(layer: Mixer) -> bool:
+    """Whether a layer keeps rows in pages."""
+    return any(item.every for item in layer.kept(layer.whole((Segment(0.0, 0.0, 0.0),))))
+
+
+def _state_bytes(model: ModelSpec, layout: Layout) -> Bytes:
+    """Fixed states of one sequence on the first stage's rank: an even share of all layers."""
+    placed, total = layout.place(model), 0.0 * (layout.tp * layout.pp)
+    for count, layer in model.mixers:
+        for item in layer.kept(placed.shard(layer, (Segment(1.0, 0.0, 1.0),))):
+            if item.every == 0:
+                total = total + count * item.bytes(1.0, model.cache)
+    return ceil(total / layout.pp)
 
 
 def _kept(layer: Mixer) -> tuple[int | None, bool]:

@@ -12,6 +12,8 @@ from simulator.data import data_path
 
 Config = Mapping[str, Any]
 
+#: Where the names are kept under which the config itself spells its keys.
+SPELLED = "spelled as"
 MAX_COUNT = 10**9
 MAX_LAYERS = 10_000
 
@@ -51,18 +53,20 @@ def class_of(config: Config) -> str:
 def with_defaults(config: Config) -> dict[str, Any]:
     """The config under the names used here, its class's defaults beneath."""
     named: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for key, value in config.items():
         name = ALIASES.get(key, key)
         if value is None and name != key:
             continue
         if name == key or config.get(name) is None:
-            named[name] = value
+            named[name], spelled[name] = value, key
     kind = class_of(named)
     defaults = _classes().get(kind, {})
     for key, value in defaults.items():
         if named.get(key) is None:
             named[key] = value
     named["model_type"] = named.get("is_a", kind)
+    named[SPELLED] = spelled
     return named
 
 
@@ -71,6 +75,10 @@ class Keys:
 
     def __init__(self, config: Config, name: str) -> None:
         self.config, self.name = config, name
+
+    def spelled(self, name: str) -> str:
+        """The name a key has in the config itself."""
+        return str(self.config.get(SPELLED, {}).get(name, name))
 
     @property
     def kind(self) -> str:
@@ -84,10 +92,10 @@ class Keys:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
-                message = f"{self.name}: {name} = {value!r} is not an integer; correct the config"
+                message = f"{self.name}: {self.spelled(name)} = {value!r} is not an integer; correct the config"
                 raise ValueError(message)
             if not least <= value <= MAX_COUNT:
-                message = f"{self.name}: {name} = {value!r} is outside {least} to {MAX_COUNT:,}; correct the config"
+                message = f"{self.name}: {self.spelled(name)} = {value!r} is outside {least} to {MAX_COUNT:,}; correct the config"
                 raise ValueError(message)
             return int(value)
         if default is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from simulator.dtypes import FP32, CacheFormat, CacheRow, DType, WeightFormat
 from simulator.kernels.attention import Segment
-from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum
+from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum, where
 from simulator.work import Work
 
 if TYPE_CHECKING:
@@ -117,6 +117,14 @@ class Kept:
         dtype = rules.dtype_of(self) if rules is not None else self.dtype
         rows = self.rows(context, rules)
         return cache.bytes(rows, self.row) if dtype is None else rows * ((self.row.elements + self.row.rope) * dtype.bytes)
+
+    def rate(self, context: Num) -> Num:
+        """Rows per token at `context`, in the mean: 1 / every, nothing once `most` are there or for what comes and goes."""
+        if self.every == 0 or self.cycle is not None:
+            return 0.0
+        if self.most is None:
+            return 1.0 / self.every
+        return where(context < self.most * self.every, 1.0 / self.every, 0.0)
 
     @property
     def grows(self) -> bool:
@@ -235,13 +243,13 @@ class Remembers:
         """Elements per token that tensor ranks must sum before the mixer can go on."""
         return 0.0
 
-    def query_elements(self, held: Slice) -> Num:
+    def query_elements(self, held: Slice) -> Num:  # noqa: ARG002 (only mixers whose caches are shared out are asked)
         """Elements of one token's queries on this rank, as the core takes them."""
-        raise NotImplementedError
+        return 0.0
 
-    def output_elements(self, held: Slice) -> Num:
+    def output_elements(self, held: Slice) -> Num:  # noqa: ARG002
         """Elements of one token's core output on this rank."""
-        raise NotImplementedError
+        return 0.0
 
     def whole(self, segments: tuple[Segment, ...]) -> Slice:
         """The slice of a rank that holds everything."""
