@@ -12,6 +12,7 @@ from simulator.dtypes import C_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.layers.embedding import Embedding, Head
 from simulator.layers.layer import ARCHITECTURE, Kept, Layer, Mixer, StateRules, is_mixer, parameters, weight_bytes
+from simulator.position import Encoding
 from simulator.units import Bytes, Count, Num
 
 Block = tuple[Layer, ...]
@@ -21,12 +22,13 @@ Block = tuple[Layer, ...]
 class Reach:
     """How far a model claims to read: `declared_tokens` by its config, `trained_tokens` before its rotary scaling.
 
-    `rope` is what the config says of rotary scaling, as it says it.
+    `rope` is what the config says of rotary scaling, as it says it; `encoding` what that means.
     """
 
     declared_tokens: int | None = None
     trained_tokens: int | None = None
     rope: dict[str, object] = field(default_factory=dict)
+    encoding: Encoding = Encoding()
 
 
 @dataclass(frozen=True)

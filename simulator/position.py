@@ -551,3 +551,19 @@ class Temperature:
         (1.486, 1.7155)
         """
         return self.scale * np.log(floor(tokens / self.floor_tokens) + 1) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a model tells positions apart, as its config says: rotary layers by `theta` and `scaling`, windowed ones by `local_theta` where
+    they differ, layers over compressed entries by `compressed`; `scheme` names what is not rotary.
+    """
+
+    scheme: str = "rotary"
+    theta: float = 10_000.0
+    scaling: Scaling = Plain()
+    local_theta: float | None = None
+    compressed: tuple[float, Scaling] | None = None
+    temperature: Temperature | None = None
+    bias_max: float = 8.0
+    positions: int = 0

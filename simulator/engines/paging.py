@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from simulator.dtypes import CacheFormat, CacheRow
+from simulator.dtypes import CACHE_FORMATS, CacheFormat, CacheRow
 from simulator.kernels.attention import Causal, Chunked, Segment
 from simulator.layers import CompressedAttention
 from simulator.layers.layer import Keep, Kept, Layer, Mixer, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
-from simulator.units import Bytes, Num
+from simulator.units import Bytes
 
 _ASKED = (Segment(1.0, 0.0, 1.0),)
 #: Indexer keys are e4m3 with one fp32 scale per 128 whatever the cache's format.  vLLM 0.33 models/deepseek_v4/attention.py
@@ -83,13 +83,22 @@ def _ring(layer: Layer, item: Kept) -> Held:
     return Held(Demand.RING, size / rows, 1, rows)
 
 
+def stored_as(model: ModelSpec) -> CacheFormat:
+    """The format engines keep the cache in: DeepSeek-V4's is always its packed fp8 layout, whatever was asked.
+
+    Source: vLLM 0.33 models/deepseek_v4/attention.py _resolve_dsv4_kv_cache_dtype; SGLang 0.5.23 pool_configurator.py DSV4PoolConfigurator.
+    """
+    compressed = any(isinstance(layer, CompressedAttention) for _, layer in model.mixers)
+    return CACHE_FORMATS["fp8_ds_v4"] if compressed and model.cache.latent_width is None else model.cache
+
+
 def by_kind(model: ModelSpec, layout: Layout) -> list[tuple[Held, ...]]:
     """For each kind of block, what its mixers ask of one rank of a layout, or of an array of layouts."""
-    placed = layout.place(model)
+    placed, cache = layout.place(model), stored_as(model)
     return [
         tuple(
             held for layer in block if is_mixer(layer)
-            for held in demands(layer, layer.kept(placed.shard(layer, _ASKED)), model.cache)
+            for held in demands(layer, layer.kept(placed.shard(layer, _ASKED)), cache)
         )
         for block in model.kinds
     ]  # fmt: skip
@@ -102,7 +111,3 @@ def stage_of(model: ModelSpec, stages: int) -> list[int]:
         found += [number] * round(sum(float(count) for count in stage.counts) * float(stage.times))
     return found
 
-
-def positive(value: Num) -> bool:
-    """Whether a page has bytes on any rank."""
-    return bool((value > 0) if isinstance(value, (int, float)) else (value > 0).any())

@@ -15,7 +15,7 @@ from typing import Any
 
 from simulator.data import data_path
 from simulator.engines.allocation import Allocation, refuse
-from simulator.engines.paging import Demand, Held, by_kind, stage_of
+from simulator.engines.paging import Demand, Held, by_kind, stage_of, stored_as
 from simulator.hardware import Cluster
 from simulator.layers import CompressedAttention, LatentAttention
 from simulator.model import ModelSpec
@@ -23,6 +23,8 @@ from simulator.parallel import Layout
 from simulator.phases import System
 
 _MIB = 2**20
+#: Rings up to this long follow the pages of the window pool, longer ones the requests (DSV4PoolConfigurator).
+_SHORT_RING = 8
 
 
 @cache
@@ -85,7 +87,7 @@ class Sglang:
         weights = float(System(model, layout).footprint(sequences=0.0, context=1.0, step_tokens=1.0).weights)
         usable = float(cluster.gpu.usable_bytes) * fraction
         available = usable - weights
-        cell, state, windows = self._cell(model, layout, page)
+        cell, state, ring, windows = self._cell(model, layout, page)
         note = f"mem_fraction_static {fraction:g}, pages of {page}"
         budget, slots, each = available, math.inf, 0
         if state:
@@ -98,27 +100,30 @@ class Sglang:
         shared = max(int(layout.dcp), 1)
         tokens = max(math.floor(budget / cell), 0) // page * page * shared if cell else 0
         whole = -(-max_model_len // page) * page
-        by_tokens = tokens / whole if cell else math.inf
+        by_tokens = max(budget, 0.0) / (whole / shared * cell + ring) if ring else tokens / whole if cell else math.inf
         by_states = slots / each if each else math.inf
         return Allocation(
             engine=self.name, title=self.title, version=self.version, available_bytes=available,
-            per_sequence_bytes=whole / shared * cell + each * state, max_concurrency=max(min(by_tokens, by_states), 0.0), capacity_tokens=tokens,
+            per_sequence_bytes=whole / shared * cell + each * state + ring, max_concurrency=max(min(by_tokens, by_states), 0.0), capacity_tokens=tokens,
             replicas=int(layout.dp * layout.dp_attention), prefix_tokens=page, log=(f"max_total_num_tokens={tokens}",), note=note,
         )  # fmt: skip
 
-    def _cell(self, model: ModelSpec, layout: Layout, page: int) -> tuple[float, float, str]:
-        """Bytes of a token in all pools of the fullest stage, of its states, and what windows cost."""
+    def _cell(self, model: ModelSpec, layout: Layout, page: int) -> tuple[float, float, float, str]:
+        """Bytes of a token in all pools of the fullest stage, of a sequence's states and long rings, and what windows cost."""
         kinds, where = by_kind(model, layout), stage_of(model, int(layout.pp))
         v4 = any(isinstance(layer, CompressedAttention) for _, layer in model.mixers)
         pooled = v4 or model.model_type in _fact("pools", "window_models")
         ratio = float(_fact("pools", "v4_window_ratio" if v4 else "window_ratio"))
         everything = all(h.demand in (Demand.WINDOW, Demand.CHUNK) for kind in kinds for h in kind)
-        cells, states = [0.0] * int(layout.pp), [0.0] * int(layout.pp)
+        cells, states, rings = ([0.0] * int(layout.pp) for _ in range(3))
         window = False
         for index, kind in enumerate(model.order):
             for held in kinds[kind]:
                 if held.demand is Demand.STATE:
                     states[where[index]] += float(held.row_bytes)
+                    continue
+                if held.demand is Demand.RING and (held.width or 0) > _SHORT_RING:
+                    rings[where[index]] += (held.width or 0) * float(held.row_bytes)
                     continue
                 bounded = held.demand in (Demand.WINDOW, Demand.CHUNK, Demand.RING)
                 window = window or bounded
@@ -127,12 +132,12 @@ class Sglang:
         told = ""
         if window and not everything:
             told = f"windows have a pool of {ratio:g} x the tokens" if pooled else "windows are held in full: no pool of their own for this model"
-        return max(cells), max(states), told
+        return max(cells), max(states), max(rings), told
 
     def _token(self, model: ModelSpec, held: Held, page: int) -> float:
-        """Bytes per token: pages of entries padded; a ring of 8 rows per page, one of 128 rows per 128 tokens of window."""
+        """Bytes per token: pages of entries padded, a short ring per page."""
         if held.demand is Demand.RING:
             return (held.width or 0) / page * float(held.row_bytes)
         rows = max(page // held.every, 1)
-        multiple = model.cache.page_multiple
+        multiple = stored_as(model).page_multiple
         return math.ceil(rows * float(held.row_bytes) / multiple) * multiple / page if multiple > 1 else float(held.row_bytes) / held.every

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.engines.paging import Demand, Held, by_kind, stage_of
+from simulator.engines.paging import Demand, Held, by_kind, stage_of, stored_as
 from simulator.layers import CompressedAttention, LatentAttention
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
@@ -27,8 +27,6 @@ from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, min
 #: attention/backends/mla/sparse_swa.py).
 _V4_BLOCKS = {Demand.FULL: 256, Demand.WINDOW: 64}
 _V4_RING_BLOCKS = {8: 4, 128: 8}
-#: Pages of DeepSeek-V4 are padded to these bytes; the packed fp8 layout has its own (CacheFormat.page_multiple).
-_V4_ALIGNMENT = 512
 #: Hybrid models with MLA keep blocks of a multiple of this many tokens.
 _LATENT_BLOCK = 128
 
@@ -130,7 +128,7 @@ def _v4_block(held: Held) -> int:
 
 def _v4_page(model: ModelSpec, held: Held) -> Bytes:
     rows = max(_v4_block(held) // held.every, 1)
-    multiple = model.cache.page_multiple if model.cache.page_multiple > 1 else _V4_ALIGNMENT
+    multiple = stored_as(model).page_multiple
     return ceil(rows * held.row_bytes / multiple) * multiple
 
 

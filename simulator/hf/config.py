@@ -12,6 +12,7 @@ from simulator.hf.channels import channel
 from simulator.hf.formats import Formats
 from simulator.hf.keys import MAX_LAYERS, Config, Keys, with_defaults
 from simulator.hf.mixers import READERS, layout, mixer
+from simulator.hf.position import encoding
 from simulator.layers import Embedding, Head, HyperConnection, Layer
 from simulator.layers.layer import is_mixer
 from simulator.model import Block, ModelSpec, Reach
@@ -156,7 +157,7 @@ def _reach(keys: Keys) -> Reach:
         rope.setdefault("rope_theta", keys.get("rope_theta"))
     if chunks:
         rope["dual_chunk_attention_config"] = dict(chunks)
-    return Reach(declared, trained or None, rope)
+    return Reach(declared, trained or None, rope, encoding(keys))
 
 
 def with_formats(model: ModelSpec, weights: str | None, cache: str | None) -> ModelSpec:
