@@ -139,7 +139,7 @@ def describe(held: Positioned, model: ModelSpec, context: int) -> str:
         told += f", {int((slowed > 1).sum())} of them up to {slowed.max():.3g} x slower"
     trained, declared = trained_tokens(model), model.reach.declared_tokens
     if trained:
-        before = " before scaling" if not isinstance(position.scaling, Plain) else ""
+        before = " before scaling" if model.reach.trained_tokens and not isinstance(position.scaling, Plain) else ""
         told += f"; {position.incomplete(float(trained))} never completed a turn in {trained:,} tokens{before}"
     distance = context if held.most is None else min(context, held.most)
     if declared and distance > declared:

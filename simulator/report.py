@@ -128,17 +128,8 @@ def _needed(plan: Plan) -> float:
     return float(each * capacity.per_sequence_bytes)
 
 
-def _engine_cache(capacity: Capacity, layout: Any) -> dict[str, Any]:
-    ranks = float(layout.tp * layout.pp)
-    return {
-        "bytes_per_sequence": float(capacity.per_sequence_bytes) * ranks,
-        "bytes_per_sequence_per_gpu": float(capacity.per_sequence_bytes), "capacity_tokens": capacity.tokens,
-        "max_concurrency": float(capacity.concurrency), "replicas": int(capacity.replicas), "log": list(capacity.log_lines),
-    }  # fmt: skip
-
-
-def size_document(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `size`; times and prices are null where nothing fits."""
+def size_document(plan: Plan, inputs: dict[str, Any], engines: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `size`; times and prices are null where nothing fits; `engines` as every engine answers for the chosen layout."""
     model, capacity, service = plan.model, plan.best.capacity, plan.service
     context = float(plan.request.context)
     slope = float(model.cache_slope(context))
@@ -157,7 +148,7 @@ def size_document(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
         "memory_bytes_per_gpu": _memory(capacity, _needed(plan)),
         "cache": {
             "bytes_per_token": slope, "fixed_bytes": total - slope * context, "bytes_per_sequence": total,
-            "engines": {"vllm": _engine_cache(capacity, plan.best.layout)},
+            "engines": engines,
         },
         "max_context_tokens": plan.longest.longest,
         "max_context_layout": str(plan.longest.layout),
@@ -415,8 +406,10 @@ _KEEPS = {
 }  # fmt: skip
 
 
-def kv_document(model: ModelSpec, context: int, capacity: Capacity, layout: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `kv`."""
+def kv_document(
+    model: ModelSpec, context: int, engines: dict[str, Any], inputs: dict[str, Any], warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The keys of `kv`; `engines` as every engine answers."""
     slope, total = float(model.cache_slope(float(context))), float(model.cache_bytes(float(context)))
     layers = []
     for count, layer, item in model.rows():
@@ -426,8 +419,8 @@ def kv_document(model: ModelSpec, context: int, capacity: Capacity, layout: Any,
             "stored_tokens": stored, "bytes_per_sequence": count * held,
         })  # fmt: skip
     return {
-        **_head(inputs, model.warnings), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
-        "bytes_per_sequence": total, "layers": layers, "engines": {"vllm": _engine_cache(capacity, layout)},
+        **_head(inputs, [*model.warnings, *warnings]), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
+        "bytes_per_sequence": total, "layers": layers, "engines": engines,
     }  # fmt: skip
 
 
@@ -448,17 +441,6 @@ def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: 
         for entry in document["layers"]
     ]
     _table(console, "By kind of layer", ["layers", "kernel", "keeps", "row", "rows kept", "per sequence"], rows)
-    engine = document["engines"]["vllm"]
-    if not engine["capacity_tokens"]:
-        console.print(
-            f"vLLM on {document['inputs']['gpus']} x {document['inputs']['gpu']} as {document['inputs']['layout']} would not start: weights and "
-            "activations leave no room for a cache; give more GPUs (--tp 8)", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        return
-    machine = f"{document['inputs']['gpus']} x {document['inputs']['gpu']}"
-    console.print(f"vLLM on {machine}: {gib(engine['bytes_per_sequence_per_gpu'])} per GPU for one sequence", highlight=False)
-    for line in engine["log"]:
-        console.print(f"  {line}", highlight=False)
 
 
 # ---- estimate and kernel
