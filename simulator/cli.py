@@ -222,7 +222,7 @@ def kv(
     else:
         console = _console()
         report.print_kv(document, spec, context, console)
-        tables.print_engines(document, console)
+        tables.print_engines(document, spec, layout, console)
         tables.print_reach(spec, context, console)
 
 

@@ -68,7 +68,7 @@ def mixers(model: ModelSpec) -> str:
     """The mixers of a model: counts and kinds, shortest form."""
     found: dict[str, int] = {}
     for count, layer in model.mixers:
-        name = kind(layer)
+        name = kind(layer, rotary=model.reach.encoding.scheme == "rotary")
         found[name] = found.get(name, 0) + count
     return " + ".join(f"{count} {name}" for name, count in found.items())
 
@@ -79,8 +79,8 @@ _SHORT = {
 }  # fmt: skip
 
 
-def kind(layer: Mixer) -> str:
-    """What kind of mixer, in a word or two."""
+def kind(layer: Mixer, *, rotary: bool = True) -> str:
+    """What kind of mixer, in a word or two; `rotary`: a layer that does not rotate has no positions."""
     if isinstance(layer, IndexedLatentAttention):
         return "MLA+DSA"
     if isinstance(layer, LatentAttention):
@@ -91,7 +91,7 @@ def kind(layer: Mixer) -> str:
     name = "MHA" if shared == heads else "MQA" if shared == 1 else f"GQA-{shared}"
     if not isinstance(layer.mask, Causal):
         name += f" {type(layer.mask).__name__.lower()} {layer.mask.most:,}" if layer.mask.most else f" {type(layer.mask).__name__.lower()}"
-    return name if layer.rotary_dim else f"{name} NoPE"
+    return name if layer.rotary_dim or not rotary else f"{name} NoPE"
 
 
 def channels(model: ModelSpec) -> str:

@@ -193,7 +193,7 @@ def size(
         best, service = others[0], None
     return Plan(
         model, machine, request, engine, best, ranked[1] if len(ranked) > 1 else None, others, refused, longest,
-        smallest(model, machine, request, engine), service, warnings(model, request, machine),
+        smallest(model, machine, request, engine), service, [*warnings(model, request, machine), *engine.warnings(model)],
     )  # fmt: skip
 
 

@@ -272,6 +272,13 @@ def _print_cache(plan: Plan, console: Console) -> None:
         ["architecture", f"{slope:,.0f} B", gib(fixed) if fixed else "0", gib(total)],
         [f"vLLM {plan.engine.version} ({plan.best.layout})", f"{allocated / context:,.0f} B", "", gib(allocated)],
     ]
+    from simulator import tables  # noqa: PLC0415 (it builds on this module)
+
+    others = tables.engines(model, plan.best.layout, plan.cluster, plan.request.context)
+    rows += [
+        [f"{held['title']} {held['version']}", f"{held['bytes_per_sequence'] / context:,.0f} B", "", gib(held["bytes_per_sequence"])]
+        for name, held in others.items() if name != "vllm" and "refused" not in held
+    ]  # fmt: skip
     _table(console, "Cache of one sequence", ["counted", "per token", "fixed", "at the asked context"], rows)
     if allocated > 1.02 * total:
         console.print(f"  vLLM holds {allocated / total:.2f} x the architecture's bytes: copies of the cache over ranks, whole blocks, tokens in flight")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from simulator import compare, reach
 from simulator.compare import HeadType, Quantities
 from simulator.engines import REGISTRY, Engine
+from simulator.engines.paging import Demand, by_kind, stored_as
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
@@ -59,12 +60,22 @@ def engine_rows(found: dict[str, Any], architecture: float) -> tuple[list[list[s
             f"{answer['prefix_tokens']:,}",
         ])  # fmt: skip
         notes.append(f"{name}: {answer['note']}")
-    return rows, notes
+    return rows, list(dict.fromkeys(notes))
 
 
-def print_engines(document: dict[str, Any], console: Console) -> None:
+def copies(model: ModelSpec, layout: Layout) -> float:
+    """How often tensor ranks hold the same rows: t x rows of a rank / rows of all, over the ranks that share them."""
+    whole, rank = (sum(float(h.row_bytes) for kind in by_kind(model, each) for h in kind if h.demand is not Demand.STATE) for each in (Layout(), layout))
+    return float(layout.tp) * rank / whole / float(layout.dcp) if whole else 1.0
+
+
+def print_engines(document: dict[str, Any], model: ModelSpec, layout: Layout, console: Console) -> None:
     """One sequence as each engine holds it, beside the architecture's bytes."""
     asked = document["inputs"]
+    if not document["bytes_per_sequence"]:
+        console.print(f"No engine holds anything: {document['engines']['vllm'].get('refused', model.name)}", highlight=False, soft_wrap=True)
+        console.print()
+        return
     rows, notes = engine_rows(document["engines"], document["bytes_per_sequence"])
     total = ["architecture", gib(document["bytes_per_sequence"]), "1.00 x", "", "", ""]
     where = f"{asked['gpus']} x {asked['gpu']} as {asked['layout']}"
@@ -72,6 +83,12 @@ def print_engines(document: dict[str, Any], console: Console) -> None:
     _table(console, f"As each engine holds it ({where})", columns, [total, *rows])
     for note in notes:
         console.print(f"  {note}", highlight=False, soft_wrap=True)
+    if stored_as(model) is not model.cache:
+        console.print(f"  engines keep this model's cache in {stored_as(model).name} whatever is asked", highlight=False, soft_wrap=True)
+    held = copies(model, layout)
+    if held > 1.01:  # noqa: PLR2004
+        told = f"{held:.3g} copies" if held % 1 else f"{int(held)} copies"
+        console.print(f"  tensor ranks hold {told} of the same rows; vLLM removes them with --dcp where the model allows it", highlight=False, soft_wrap=True)
     for line in document["engines"]["vllm"].get("log", ()):
         console.print(f"  vLLM prints: {line}", highlight=False)
     console.print()
@@ -91,6 +108,7 @@ def print_reach(model: ModelSpec, context: int, console: Console) -> None:
 
 # ---- models
 
+_TRILLION = 1e12
 _SORTS: dict[str, Callable[[Quantities], Any]] = {
     "name": lambda q: q.model.name.lower(), "parameters": lambda q: q.parameters, "active": lambda q: q.active,
     "bytes_per_token": lambda q: q.cache_bytes_per_token, "cache": lambda q: q.cache_bytes, "declared": lambda q: q.model.reach.declared_tokens or 0,
@@ -115,18 +133,27 @@ def models_document(found: Sequence[tuple[Quantities, float]], sort: str, inputs
 
 def print_models(document: dict[str, Any], console: Console) -> None:
     """One line per model."""
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
     rows = []
     for entry in document["models"]:
         effective = entry["effective_tokens"]
         dense = entry["active_parameters"] == entry["parameters"]
         rows.append([
-            entry["name"], _billions(entry["parameters"]), "" if dense else _billions(entry["active_parameters"]), entry["mixers"],
-            f"{entry['cache_bytes_per_token']:,.0f}", gib(entry["cache_bytes_128k"]), gib(entry["cache_bytes_1m"]),
-            _tokens(entry["trained_tokens"]), _tokens(entry["declared_tokens"]),
-            ("" if effective is None else ">= " if entry["effective_at_least"] else "") + _tokens(effective),
+            entry["name"], _billions(entry["parameters"]), "" if dense else _billions(entry["active_parameters"]), f"{entry['cache_bytes_per_token']:,.0f}", gib(entry["cache_bytes_128k"]),
+            gib(entry["cache_bytes_1m"]), _tokens(entry["trained_tokens"]), _tokens(entry["declared_tokens"]),
+            ("" if effective is None else ">= " if entry["effective_at_least"] else "") + _tokens(effective), entry["mixers"],
         ])  # fmt: skip
-    columns = ["model", "params", "active", "mixers", "B/token", "at 128K", "at 1M", "before scaling", "declared", "effective"]
-    _table(console, f"{len(rows)} models", columns, rows)
+    columns = ["model", "params", "active", "B/token", "at 128K", "at 1M", "before scaling", "declared", "effective", "mixers"]
+    table = Table(title=f"{len(rows)} models", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        left = column in ("model", "mixers")
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left or column == "model", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    console.print()
     console.print(
         "Cache of one sequence by architecture, in the checkpoint's format.  Effective: the published length a model was shown to use (RULER, needles); "
         "empty where none is known here.", style="dim", highlight=False, soft_wrap=True,
@@ -134,7 +161,7 @@ def print_models(document: dict[str, Any], console: Console) -> None:
 
 
 def _billions(count: float) -> str:
-    return f"{significant(count / 1e9, 3)}B"
+    return f"{significant(count / _TRILLION, 3)}T" if count >= _TRILLION else f"{significant(count / 1e9, 3)}B"
 
 
 def _tokens(count: int | None) -> str:

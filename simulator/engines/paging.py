@@ -111,3 +111,10 @@ def stage_of(model: ModelSpec, stages: int) -> list[int]:
         found += [number] * round(sum(float(count) for count in stage.counts) * float(stage.times))
     return found
 
+
+
+def check_kept(model: ModelSpec) -> None:
+    """Refuse a model that remembers nothing between steps: there is no cache to allocate."""
+    if not any(demands(layer, layer.kept(layer.whole(_ASKED)), model.cache) for _, layer in model.mixers):
+        message = f"{model.name} keeps no cache: it reads a text at once and decodes nothing; ask longctx estimate for its time"
+        raise ValueError(message)

@@ -15,7 +15,7 @@ from typing import Any
 
 from simulator.data import data_path
 from simulator.engines.allocation import Allocation, refuse
-from simulator.engines.paging import Demand, Held, by_kind, stage_of, stored_as
+from simulator.engines.paging import Demand, Held, by_kind, check_kept, stage_of, stored_as
 from simulator.hardware import Cluster
 from simulator.layers import CompressedAttention, LatentAttention
 from simulator.model import ModelSpec
@@ -25,6 +25,8 @@ from simulator.phases import System
 _MIB = 2**20
 #: Rings up to this long follow the pages of the window pool, longer ones the requests (DSV4PoolConfigurator).
 _SHORT_RING = 8
+#: From this tensor-parallel degree on CUDA graphs are captured for larger batches.
+_WIDE = 4
 
 
 @cache
@@ -68,7 +70,7 @@ class Sglang:
         tier = next(c for c in _facts()["defaults"]["memory_classes"] if total < c["below_mib"])
         reserved = float(_fact("memory", "reserved_mib")) + tier["chunked_prefill_size"] * float(_fact("memory", "reserved_mib_per_token"))
         reserved += float(layout.tp * layout.pp) / 8 * float(_fact("memory", "reserved_mib_per_8_gpus"))
-        reserved += tier["graph_batch"] * float(_fact("memory", "reserved_mib_per_graph_row"))
+        reserved += tier["graph_batch_tp4" if float(layout.tp) >= _WIDE else "graph_batch"] * float(_fact("memory", "reserved_mib_per_graph_row"))
         if any(isinstance(layer, LatentAttention) for _, layer in model.mixers):
             reserved += float(_fact("memory", "reserved_mib_latent"))
         if total > 60 * 1024:
@@ -83,6 +85,7 @@ class Sglang:
         if model.cache.name not in _facts()["cache_dtypes"]:
             known = ", ".join(_facts()["cache_dtypes"])
             raise refuse(self.title, self.version, f"no {model.cache.name} cache; it offers {known}")
+        check_kept(model)
         page, fraction = self.page_tokens(model), self.fraction(model, layout, cluster)
         weights = float(System(model, layout).footprint(sequences=0.0, context=1.0, step_tokens=1.0).weights)
         usable = float(cluster.gpu.usable_bytes) * fraction

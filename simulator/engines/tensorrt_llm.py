@@ -16,7 +16,7 @@ from typing import Any
 
 from simulator.data import data_path
 from simulator.engines.allocation import Allocation, refuse
-from simulator.engines.paging import Demand, by_kind, stage_of
+from simulator.engines.paging import Demand, by_kind, check_kept, stage_of
 from simulator.hardware import Cluster
 from simulator.layers import CompressedAttention
 from simulator.model import ModelSpec
@@ -57,6 +57,7 @@ class TensorrtLlm:
             raise refuse(self.title, self.version, "its pages of compressed entries are not modelled; use vllm or sglang")
         if int(layout.dcp) > 1:
             raise refuse(self.title, self.version, f"--dcp {int(layout.dcp)} is vLLM's; its own context parallelism (Helix) is not modelled")
+        check_kept(model)
         block = self.block_size or int(_fact("defaults", "tokens_per_block"))
         share = self.memory_fraction if self.memory_fraction is not None else float(_fact("defaults", "free_gpu_memory_fraction"))
         step = float(_fact("defaults", "max_num_tokens"))

@@ -21,7 +21,7 @@ import numpy as np
 from simulator.data import data_path
 from simulator.dtypes import BF16
 from simulator.engines.allocation import Allocation, refuse
-from simulator.engines.paging import Demand
+from simulator.engines.paging import Demand, check_kept
 from simulator.engines.vllm_pages import Group, Table, groups, pool_bytes, prefix_tokens, tables
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster, Gpu
@@ -198,6 +198,7 @@ class Vllm:
 
     def tables(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> list[Table]:
         """Every group with its block, its pages and the blocks a request takes of it."""
+        check_kept(model)
         copies = int(_fact("memory", "state_copies" if self.prefix_caching else "state_copies_uncached"))
         return tables(
             model, layout, block=self.block_tokens(model, gpu), in_flight=self._in_flight(layout, gpu), state_copies=self.state_copies or copies,
@@ -260,6 +261,13 @@ class Vllm:
         return low
 
     # ---- launching
+
+    def warnings(self, model: ModelSpec) -> list[str]:
+        """What it does not offer of a model."""
+        offered = _facts()["cache_dtypes"]
+        if model.cache.name in offered:
+            return []
+        return [f"vLLM {self.version} offers no {model.cache.name} cache (only {', '.join(offered)}): its rows are counted in vLLM's blocks, there is no command"]
 
     def refusals(self, model: ModelSpec, layout: Layout, gpus_per_node: int = 8) -> Iterator[str]:
         """What vLLM refuses beyond the schemes' own rules."""

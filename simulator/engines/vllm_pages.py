@@ -80,6 +80,8 @@ def _dealt(model: ModelSpec) -> list[Group]:
         ((demand, width),) = alike
         members = tuple(sorted(member for part in buckets.values() for member in part))
         return [_group(members, demand, width)]
+    if not buckets:
+        return []
     sizes = [len(part) for part in buckets.values()]
     size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
     found = []
