@@ -439,3 +439,29 @@ def _show_kernel(op: Any, gpu: str, asked: dict[str, Any], *, as_json: bool) -> 
         click.echo(report.emit(document))
     else:
         report.print_kernel(document, _console())
+
+
+@main.command()
+@click.option("--kind", "kinds", multiple=True, help="Only this kind: kernel_tflops, kernel_time, decode_tpot, ... (repeatable).")
+@click.option("--source", "sources", multiple=True, help="Only this source, a key of data/published/sources.csv (repeatable).")
+@click.option("--gpu", "gpus", multiple=True, help="Only rows of this GPU (repeatable).")
+@click.option("--rows", is_flag=True, help="Every row, not only the summaries.")
+@click.option("--record", is_flag=True, help="Write the accuracy of all rows to data/published/accuracy.csv, from which tests refuse to fall.")
+@output_options
+def validate(kinds: tuple[str, ...], sources: tuple[str, ...], gpus: tuple[str, ...], rows: bool, record: bool, as_json: bool) -> None:
+    """How close predictions come to what others measured, by source and kind."""
+    from simulator import report
+    from simulator import validate as checks
+    from simulator.hardware import gpu as part
+
+    if record and (kinds or sources or gpus):
+        message = "--record: it records all rows; leave out --kind, --source and --gpu"
+        raise ValueError(message)
+    compared, refused = checks.compare(kinds=kinds, sources=sources, gpus=[part(name).name for name in gpus])
+    if record:
+        click.echo(f"recorded {checks.record(checks.by_source(compared))}", err=True)
+    if as_json:
+        inputs = {"kinds": kinds, "sources": sources, "gpus": gpus, "rows": rows}
+        click.echo(report.emit(checks.document(compared, refused, inputs, rows=rows)))
+    else:
+        checks.show(compared, refused, _console(), rows=rows)

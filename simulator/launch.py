@@ -194,17 +194,15 @@ def _log2(n: Num) -> Num:
     return float(np.log2(n)) if isinstance(n, (int, float)) else np.log2(n)
 
 
-def fills(launched: Launched, blend: Num) -> Num:
-    """The share of the machine that `tiles` units keep busy, as a blend of stepped and smooth waves.
+def fills(launched: Launched, split: Num, wave: Num) -> Num:
+    """The share of the machine that a launch keeps busy, from its tiles and the slots they run in.
 
-    stepped: T / (ceil(T / S) S); smooth (persistent, stream-K): min(1, T / S).  blend 1 is stepped, 0 is smooth.
+    1 / fill = max(1, slots / (split x tiles)) + wave x slots / (split x tiles): kernels cut tiles (smaller tiles, split-K)
+    until the machine is full, and the last wave is partly empty.  Waves do not step on a machine at its power limit: what a
+    part-filled wave saves in power the others gain in clock.
     """
-    per_slot = launched.tiles * (1.0 / launched.slots)
-    smooth = minimum(per_slot, 1.0)
-    if type(blend) is float and blend == 0.0:
-        return smooth
-    stepped = per_slot / maximum(ceil(per_slot), 1.0)
-    return stepped * blend + smooth * (1 - blend)
+    ratio = launched.slots / (launched.tiles * split)
+    return 1.0 / (maximum(ratio, 1.0) + ratio * wave)
 
 
 #: Rows of a warp-level matrix instruction: what the query heads of one key-value head are padded to where every query

@@ -2,7 +2,9 @@
 
 t = launch_s + (sum over resources of (work / (peak x attained))^p)^(1/p); p -> infinity is perfect overlap inside the
 kernel, p = 1 none.  attained(tensor) = tensor x fill(tiles, SMs) x depth / (depth + depth_half); attained(memory) and
-attained(special) are constants.  launch_s is the one small-size term.  An op without work takes no time.
+attained(special) are constants; the power limit is a resource of its own, on which useful products run at `sustained` of the
+peak whatever the tiling (an H200 does 780 TFLOP/s of bf16 for milliseconds and 670 for longer).  launch_s is the one
+small-size term.  An op without work takes no time.
 Source: FORMULAS 3.7.
 """
 
@@ -75,10 +77,12 @@ class Clock:
         moved = launched.hbm_bytes
         parts = [moved * (1 / (gpu.hbm_bytes_per_s * constants.memory))]
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
-            filled = maximum(fills(launched, constants.wave), 1e-9)
+            filled = fills(launched, constants.split, constants.wave)
             deep = 1 + constants.depth_half / maximum(launched.depth, 1e-9)
             slow = 1 / (filled * (self.peak(op.math) * constants.tensor))
             parts.append(launched.tensor_flops * (deep * slow))
+            if constants.sustained:
+                parts.append(op.tensor_flops * (1 / (self.peak(op.math) * constants.sustained)))
             if type(launched.exponentials) is not float or launched.exponentials:
                 parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))
         return where_any(op.hbm_bytes, smooth_max(parts, constants.power) + constants.launch_s)

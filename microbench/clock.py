@@ -1,0 +1,143 @@
+"""Seconds of a prepared case: warm, cold caches, device events, percentiles, the clock and power beside them.
+
+Short kernels are captured many times over into one CUDA graph, rotating over their input sets, and a sample is a
+replay divided by the number of captures: the time of the kernel and of the gap to the next graph node, as a serving
+engine sees it.  Long kernels are launched one by one; a sample lies between two events.  Before sampling the case runs
+until the power limit has settled, because that is the state of a machine at work.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from microbench.case import Prepared
+from microbench.environment import Reading, Sensors
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How long a case runs before it is sampled, for how long it is sampled, and how many samples are the least.
+
+    `idle_s`: a pause before every sample, so that it runs at the clock of a cool machine.
+    """
+
+    warm_s: float
+    sample_s: float
+    least: int = 3
+    idle_s: float = 0.0
+
+
+REGIMES = {
+    "steady": Regime(0.2, 0.12),
+    "sustained": Regime(1.0, 1.0),
+    "burst": Regime(0.0, 0.0, least=5, idle_s=0.3),
+    "tiny": Regime(0.0, 0.0, least=2),
+}
+#: A kernel shorter than this is captured in a graph, and a graph lasts about as long.
+GRAPH_BELOW_S, GRAPH_S, MOST_CAPTURES = 1e-3, 4e-3, 1024
+#: Kernels this short do not heat the machine: half the warm-up will do.
+SHORT_S = 100e-6
+#: Kernels this long settle the power limit by themselves: two samples are enough.
+LONG_S = 1.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one launch: percentiles over `samples`, and the board's state at their end."""
+
+    p20_s: float
+    p50_s: float
+    p80_s: float
+    samples: int
+    reading: Reading
+
+
+def measure(prepared: Prepared, device: Any, regime: Regime, sensors: Sensors) -> Timing:
+    """Time `prepared` on `device`."""
+    if device.type != "cuda":
+        return _on_host(prepared, regime)
+    prepared.run(0)
+    once = _between(lambda: prepared.run(prepared.sets - 1))
+    launches, per = (lambda: prepared.run(0)), 1
+    if prepared.graphable and once < GRAPH_BELOW_S * 2:
+        rough = max(_between(lambda: [prepared.run(i % prepared.sets) for i in range(32)]) / 32, 1e-6)
+        if rough < GRAPH_BELOW_S:
+            wanted = int(min(max(GRAPH_S / rough, prepared.sets), MOST_CAPTURES))
+            graph = _captured(prepared, wanted)
+            launches, per = graph.replay, wanted
+    elif prepared.sets > 1:
+        launches, per = (lambda: [prepared.run(i) for i in range(prepared.sets)]), prepared.sets
+    each = once if once > LONG_S else _between(launches)
+    warm = regime.warm_s * (0.4 if each / per < SHORT_S else 1.0)
+    start = time.perf_counter()
+    while once < LONG_S and time.perf_counter() - start < warm:
+        _queue(launches, each)
+    count = 2 if once > LONG_S else int(min(max(regime.least, regime.sample_s / max(each, 1e-6)), 200))
+    samples, reading = _samples(launches, count, regime.idle_s, sensors)
+    p20, p50, p80 = (float(np.percentile(samples, q)) / per for q in (20, 50, 80))
+    return Timing(p20, p50, p80, count, reading)
+
+
+def _queue(launches: Any, each: float) -> None:
+    for _ in range(int(min(max(1, 0.02 / max(each, 1e-6)), 20))):
+        launches()
+    torch.cuda.synchronize()
+
+
+def _samples(launches: Any, count: int, idle_s: float, sensors: Sensors) -> tuple[list[float], Reading]:
+    """Samples queued back to back (or after pauses), so that the machine never idles between them."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    if idle_s:
+        taken = []
+        for _ in range(count):
+            time.sleep(idle_s)
+            taken.append(_between(launches))
+        return taken, sensors.read()
+    events[0].record()
+    reading = Reading()
+    for index in range(count):
+        launches()
+        events[index + 1].record()
+        if index == count // 2:
+            events[max(index - 1, 0)].synchronize()
+            reading = sensors.read()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) * 1e-3 for a, b in zip(events, events[1:], strict=False)], reading
+
+
+def _between(action: Any) -> float:
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    action()
+    last.record()
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last)) * 1e-3
+
+
+def _captured(prepared: Prepared, count: int) -> Any:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        prepared.run(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            prepared.run(index % prepared.sets)
+    return graph
+
+
+def _on_host(prepared: Prepared, regime: Regime) -> Timing:
+    taken = []
+    for index in range(max(regime.least, 2)):
+        start = time.perf_counter()
+        prepared.run(index % prepared.sets)
+        taken.append(time.perf_counter() - start)
+    p20, p50, p80 = (float(np.percentile(taken, q)) for q in (20, 50, 80))
+    return Timing(p20, p50, p80, len(taken), Reading())

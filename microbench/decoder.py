@@ -1,0 +1,350 @@
+"""Whole decoder layers, and a small whole model, made of the kernels measured one by one: does the sum of the ops predict them?
+
+Dense (Llama-3.1-8B), experts (Qwen3-30B-A3B), latent (DeepSeek-V2-Lite): prefill of a prompt, decode of a batch under a CUDA
+graph, and one forward and backward (dense).  Expert choices are drawn beforehand: top-k and sorting are not timed.
+Weights are random; what a layer remembers lies in a paged cache.
+
+Legend: D hidden, h heads, g key-value heads, d head_dim, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from microbench import attention
+from microbench.case import Case, Prepared, case
+from microbench.gemm import grouped
+from simulator.dtypes import C_BF16
+from simulator.hf import load_model
+from simulator.kernels.attention import Segment
+from simulator.layers import Attention, LatentAttention, MoE
+from simulator.layers.layer import Direction
+from simulator.model import ModelSpec
+from simulator.parallel import Layout
+from simulator.phases import System
+from simulator.work import Op, Serial, Work, fold, quantity
+
+KERNELS = ("decoder_layer", "model")
+MODELS = {"dense": "meta-llama/Meta-Llama-3.1-8B", "moe": "Qwen/Qwen3-30B-A3B", "mla": "deepseek-ai/DeepSeek-V2-Lite", "small": "Qwen/Qwen3-1.7B"}
+EPS = 1e-5
+
+
+def cases(suite: str) -> list[Case]:
+    """Layers by kind and phase; the small model."""
+    if suite == "tiny":
+        return []
+    quick = suite == "quick"
+    found = []
+    for kind in ("dense",) if quick else ("dense", "moe", "mla"):
+        found += [case("decoder_layer", f"{kind}.prefill", "bf16", sequences=1, tokens=t, context=t) for t in ((8192,) if quick else (512, 2048, 8192, 32768))]
+        for batch, context in ((8, 8192),) if quick else ((1, 8192), (16, 8192), (64, 4096), (1, 131072)):
+            found.append(case("decoder_layer", f"{kind}.decode", "bf16", sequences=batch, tokens=1, context=context))
+    if not quick:
+        found += [case("decoder_layer", "dense.training", "bf16", sequences=1, tokens=t, context=t) for t in (2048, 8192, 16384)]
+        found += [case("model", "small.prefill", "bf16", sequences=1, tokens=t, context=t) for t in (2048, 8192)]
+        found += [case("model", "small.decode", "bf16", sequences=b, tokens=1, context=c) for b, c in ((1, 8192), (16, 8192))]
+    return found
+
+
+def segment_of(which: Case) -> Segment:
+    """The segment of a case."""
+    return Segment(
+        float(which["sequences"]), float(which["tokens"]), float(which["context"] - which["tokens"]), split_kv=which.impl.endswith("decode")
+    )
+
+
+@cache
+def model_of(kind: str) -> ModelSpec:
+    """The model whose layer (the last of its stack) or whole is measured."""
+    spec = load_model(MODELS[kind])
+    return spec if kind == "small" else replace(spec, blocks=((1, spec.blocks[-1][1]),))
+
+
+def work(which: Case) -> Work:
+    """The simulator's own tree of the case, with the implementations that run here."""
+    kind, _, phase = which.impl.partition(".")
+    spec, segment = model_of(kind), segment_of(which)
+    if which.kernel == "model":
+        return System(spec, Layout()).step((segment,))[0]
+    layers = spec.blocks[0][1]
+    forward = [layer.work(layer.whole((segment,)), cache=C_BF16) for layer in layers]
+    if phase != "training":
+        return Serial(forward)
+    return Serial([*forward, *(layer.work(layer.whole((segment,)), Direction.BACKWARD, cache=C_BF16) for layer in reversed(layers))])
+
+
+def op(which: Case) -> Op:
+    """The sums of the tree, as one row."""
+    tree = work(which)
+    flops, moved = (float(fold(tree, quantity(name))) for name in ("flops", "hbm_bytes"))
+    return Op(which.kernel, which.kernel, which.impl, which.dtype, tensor_flops=flops, model_flops=flops, hbm_bytes=moved)
+
+
+def prepare(which: Case, device: Any) -> Prepared:
+    """Build the layer or model, run it once and note the most memory it held."""
+    _, _, phase = which.impl.partition(".")
+    run = build(which, device)
+    graphable = phase == "decode"
+    if device.type == "cuda":
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    run()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return Prepared(lambda _: run(), 1, graphable=graphable, peak_bytes=float(peak))
+
+
+def build(which: Case, device: Any) -> Callable[[], Any]:
+    """A function of no arguments that runs the case once."""
+    kind, _, phase = which.impl.partition(".")
+    spec, batch, new, seen = model_of(kind), which["sequences"], which["tokens"], which["context"]
+    sets = 4 if which.kernel == "decoder_layer" and phase == "decode" else 1
+    stack = [Block(spec, block, batch, new, seen, device) for count, block in spec.blocks for _ in range(count * sets)]
+    x, residual = (torch.randn(batch * new, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    if which.kernel == "model":
+        return Whole(spec, stack, batch * new, batch, device)
+    if phase == "training":
+        return lambda: stack[0].training(x, residual)
+    turn = iter(())
+
+    def run() -> Any:
+        # four copies of the layer take turns, so that none finds its weights in the L2 cache
+        nonlocal turn
+        try:
+            index = next(turn)
+        except StopIteration:
+            turn = iter(range(sets))
+            index = next(turn)
+        return stack[index](x, residual)
+
+    return run
+
+
+def _weights(device: Any, *shape: int) -> Any:
+    return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5)
+
+
+class Block:
+    """One decoder layer with its weights and cache."""
+
+    def __init__(self, spec: ModelSpec, block: Any, batch: int, new: int, seen: int, device: Any) -> None:
+        from microbench import kernels_triton  # noqa: PLC0415 (needs a GPU)
+
+        self.kernels = kernels_triton
+        self.mixer, self.channel = block
+        self.width, self.batch, self.new, self.seen, self.device = spec.hidden_size, batch, new, seen, device
+        self.norms = [torch.ones(self.width, device=device, dtype=torch.bfloat16) for _ in range(2)]
+        pages = -(-seen // attention.PAGE)
+        self.table = torch.randperm(batch * pages, device=device).to(torch.int32).view(batch, pages)
+        positions = torch.arange(seen - new, seen, device=device).repeat(batch)
+        owner = torch.arange(batch, device=device).repeat_interleave(new)
+        self.slots = (self.table[owner, positions // attention.PAGE] * attention.PAGE + positions % attention.PAGE).to(torch.int32)
+        self.positions = positions.to(torch.int32)
+        self.lengths = torch.full((batch,), seen, device=device, dtype=torch.int32)
+        self._mixer_weights(batch * pages)
+        self._channel_weights()
+
+    def _mixer_weights(self, pages: int) -> None:
+        mixer, device, width = self.mixer, self.device, self.width
+        if isinstance(mixer, LatentAttention):
+            h, r, rope = mixer.num_attention_heads, mixer.kv_lora_rank, mixer.qk_rope_head_dim
+            self.down = _weights(device, (mixer.q_lora_rank or h * mixer.qk_head_dim) + r + rope, width)
+            self.up = _weights(device, h * (mixer.qk_nope_head_dim + mixer.v_head_dim), r)
+            self.o = _weights(device, width, h * mixer.v_head_dim)
+            self.latent = _weights(device, pages, attention.PAGE, r + rope)
+            self.inner = torch.ones(r, device=device, dtype=torch.bfloat16)
+            self.rope = _table(self.seen, rope, device)
+            self.scratch = self.kernels.latent_scratch(self.batch, h, r, self.seen, 64 if h >= 64 else 16, device)  # noqa: PLR2004
+            return
+        h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
+        self.qkv = _weights(device, (h + 2 * g) * d, width)
+        self.o = _weights(device, width, h * d)
+        self.cache = [_weights(device, pages, attention.PAGE, g, d) for _ in range(2)]
+        self.rope = _table(self.seen, d, device)
+        self.head_norm = torch.ones(d, device=device, dtype=torch.bfloat16)
+        self.scratch = self.kernels.paged_scratch(self.batch, h, g, d, self.seen, device)
+
+    def _channel_weights(self) -> None:
+        channel, device, width, tokens = self.channel, self.device, self.width, self.batch * self.new
+        if not isinstance(channel, MoE):
+            self.gate_up, self.down_proj = _weights(device, 2 * channel.intermediate_size, width), _weights(device, width, channel.intermediate_size)
+            return
+        experts, top, inner = channel.num_experts, channel.num_experts_per_tok, channel.moe_intermediate_size
+        self.router = _weights(device, experts, width)
+        self.gate_up, self.down_proj = _weights(device, experts, 2 * inner, width), _weights(device, experts, width, inner)
+        chosen = torch.rand(tokens, experts, device=device).topk(top).indices.flatten()
+        order = chosen.argsort(stable=True)
+        self.sources = (order // top).to(torch.int32)
+        self.places = order.argsort().view(tokens, top).to(torch.int32)
+        self.ends = torch.bincount(chosen, minlength=experts).cumsum(0).to(torch.int32)
+        self.shares = torch.full((tokens, top), 1 / top, device=device, dtype=torch.bfloat16)
+        if channel.shared_intermediate_size:
+            self.shared_up, self.shared_down = _weights(device, 2 * channel.shared_intermediate_size, width), _weights(device, width, channel.shared_intermediate_size)
+
+    def __call__(self, x: Any, residual: Any) -> tuple[Any, Any]:
+        """norm, mixer, norm, channel mixer: the two tensors that go on."""
+        x, residual = self._norm(x, residual, 0)
+        x = self._latent_mixer(x) if isinstance(self.mixer, LatentAttention) else self._attention(x)[0]
+        x, residual = self._norm(x, residual, 1)
+        return self._experts(x) if isinstance(self.channel, MoE) else self._mlp(x)[0], residual
+
+    def _norm(self, x: Any, residual: Any, which: int) -> tuple[Any, Any]:
+        out, added = torch.empty_like(x), torch.empty_like(x)
+        self.kernels.norm(x, residual, self.norms[which], out, added, EPS)
+        return out, added
+
+    def _attention(self, x: Any) -> tuple[Any, Any]:
+        mixer: Attention = self.mixer
+        h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
+        qkv = x @ self.qkv.t()
+        if mixer.qk_norm:
+            heads = qkv.view(-1, h + 2 * g, d)[:, : h + g]
+            heads.copy_(torch.nn.functional.rms_norm(heads, (d,), self.head_norm, EPS))
+        self.kernels.rotary(qkv, self.rope, self.positions, h + g, d)
+        self.kernels.write_cache(qkv[:, h * d :], self.slots, *self.cache)
+        if self.new == 1:
+            out = torch.empty(self.batch, h, d, device=x.device, dtype=x.dtype)
+            self.kernels.paged_decode(qkv[:, : h * d].reshape(self.batch, h, d), *self.cache, self.table, self.lengths, out, self.scratch)
+            return out.view(-1, h * d) @ self.o.t(), None
+        rows = qkv.view(self.batch, self.new, h + 2 * g, d)
+        q, k, v = rows[:, :, :h], rows[:, :, h : h + g], rows[:, :, h + g :]
+        core = attention.forward("cudnn", q, k, v)
+        return core.reshape(-1, h * d) @ self.o.t(), (q, k, v, core)
+
+    def _latent_mixer(self, x: Any) -> Any:
+        mixer: LatentAttention = self.mixer
+        h, r, dn, dr, dv = mixer.num_attention_heads, mixer.kv_lora_rank, mixer.qk_nope_head_dim, mixer.qk_rope_head_dim, mixer.v_head_dim
+        both = x @ self.down.t()
+        q, latent = both[:, : -(r + dr)].unflatten(1, (h, dn + dr)), both[:, -(r + dr) :]
+        latent[:, :r] = torch.nn.functional.rms_norm(latent[:, :r], (r,), self.inner, EPS)
+        turned = torch.cat([q[..., dn:].flatten(1), latent[:, r:]], 1)
+        self.kernels.rotary(turned, self.rope, self.positions, h + 1, dr)
+        row = torch.cat([latent[:, :r], turned[:, h * dr :]], 1)
+        self.kernels.scatter(row, self.slots, self.latent.view(-1, r + dr))
+        up = self.up.view(h, dn + dv, r)
+        if self.new == 1:
+            query = torch.empty(self.batch, h, r + dr, device=x.device, dtype=x.dtype)
+            query[..., :r] = torch.bmm(q[..., :dn].transpose(0, 1), up[:, :dn]).transpose(0, 1)
+            query[..., r:] = turned[:, : h * dr].unflatten(1, (h, dr))
+            out = torch.empty(self.batch, h, r, device=x.device, dtype=x.dtype)
+            block = 64 if h >= 64 else 16  # noqa: PLR2004 (as the scratch was made)
+            self.kernels.latent_decode(query, self.latent, self.table, self.lengths, out, self.scratch, (dn + dr) ** -0.5, block)
+            core = torch.bmm(out.transpose(0, 1), up[:, dn:].transpose(1, 2)).transpose(0, 1)
+            return core.reshape(-1, h * dv) @ self.o.t()
+        expanded = (row[:, :r] @ self.up.t()).view(self.batch, self.new, h, dn + dv)
+        queries = torch.cat([q[..., :dn], turned[:, : h * dr].unflatten(1, (h, dr))], -1).view(self.batch, self.new, h, dn + dr)
+        keys = torch.cat([expanded[..., :dn], turned[:, h * dr :].view(self.batch, self.new, 1, dr).expand(-1, -1, h, -1)], -1)
+        core = attention.forward("cudnn", queries, keys, expanded[..., dn:].contiguous())
+        return core.reshape(-1, h * dv) @ self.o.t()
+
+    def _mlp(self, x: Any) -> tuple[Any, Any]:
+        gate_up = x @ self.gate_up.t()
+        inner = torch.empty(x.shape[0], gate_up.shape[1] // 2, device=x.device, dtype=x.dtype)
+        self.kernels.activation(gate_up, inner)
+        return inner @ self.down_proj.t(), (gate_up, inner)
+
+    def _experts(self, x: Any) -> Any:
+        x @ self.router.t()
+        rows = torch.empty(self.sources.numel(), self.width, device=x.device, dtype=x.dtype)
+        self.kernels.gather(x, self.sources, rows)
+        gate_up = grouped(rows, self.gate_up, self.ends)
+        inner = torch.empty(rows.shape[0], gate_up.shape[1] // 2, device=x.device, dtype=x.dtype)
+        self.kernels.activation(gate_up, inner)
+        rows = grouped(inner, self.down_proj, self.ends)
+        out = torch.empty_like(x)
+        self.kernels.combine(rows, self.places, self.shares, out)
+        if self.channel.shared_intermediate_size:
+            gate_up = x @ self.shared_up.t()
+            inner = torch.empty(x.shape[0], gate_up.shape[1] // 2, device=x.device, dtype=x.dtype)
+            self.kernels.activation(gate_up, inner)
+            out = out + inner @ self.shared_down.t()
+        return out
+
+    def training(self, x: Any, residual: Any) -> Any:
+        """One forward that keeps what backward needs, and the backward: gradients of inputs and weights."""
+        kernels, mixer = self.kernels, self.mixer
+        h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
+        first, added = self._norm(x, residual, 0)
+        qkv = first @ self.qkv.t()
+        kernels.rotary(qkv, self.rope, self.positions, h + g, d)
+        rows = qkv.view(self.batch, self.new, h + 2 * g, d)
+        q, k, v = rows[:, :, :h], rows[:, :, h : h + g], rows[:, :, h + g :]
+        saved = attention.saving("cudnn", q, k, v)
+        core = saved[0].transpose(1, 2).reshape(-1, h * d)
+        second, added_2 = self._norm(core @ self.o.t(), added, 1)
+        out, (gate_up, inner) = self._mlp(second)
+        grad = out
+        d_down = grad.t() @ inner
+        d_inner = grad @ self.down_proj
+        d_gate_up = torch.empty_like(gate_up)
+        kernels.activation_backward(gate_up, d_inner, d_gate_up)
+        d_gate = d_gate_up.t() @ second
+        grad, d_norm_2 = kernels.norm_backward(added_2, self.norms[1], d_gate_up @ self.gate_up, grad, EPS)
+        d_o = grad.t() @ core
+        d_core = (grad @ self.o).view(self.batch, self.new, h, d)
+        d_q, d_k, d_v = (t.transpose(1, 2) for t in attention.backward("cudnn", d_core, q, k, v, saved)[:3])
+        d_qkv = torch.cat([d_q, d_k, d_v], 2).view(-1, (h + 2 * g) * d)
+        kernels.rotary(d_qkv, self.rope, self.positions, h + g, d, inverse=True)
+        d_weight = d_qkv.t() @ first
+        grad, d_norm = kernels.norm_backward(added, self.norms[0], d_qkv @ self.qkv, grad, EPS)
+        return grad, d_weight, d_o, d_gate, d_down, d_norm, d_norm_2
+
+
+class Whole:
+    """Embedding, blocks, last norm and the logits of the last token of each sequence."""
+
+    def __init__(self, spec: ModelSpec, stack: list[Block], tokens: int, sequences: int, device: Any) -> None:
+        self.stack, self.sequences = stack, sequences
+        self.embedding = _weights(device, spec.vocab_size, spec.hidden_size)
+        self.ids = torch.randint(spec.vocab_size, (tokens,), device=device, dtype=torch.int32)
+
+    def __call__(self) -> Any:
+        """Logits."""
+        block = self.stack[0]
+        x = torch.empty(self.ids.numel(), block.width, device=block.device, dtype=torch.bfloat16)
+        block.kernels.gather(self.embedding, self.ids, x)
+        residual = torch.zeros_like(x)
+        for layer in self.stack:
+            x, residual = layer(x, residual)
+        x, _ = block._norm(x, residual, 0)  # noqa: SLF001 (the same norm)
+        return x.view(self.sequences, -1, block.width)[:, -1] @ self.embedding.t()
+
+
+def _table(seen: int, width: int, device: Any) -> Any:
+    angles = torch.arange(seen, device=device)[:, None] * 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def error(which: Case, device: Any) -> float:
+    """A dense layer against the same layer in plain float32 PyTorch, on 128 tokens; decode against the last row of a prefill."""
+    kind, _, phase = which.impl.partition(".")
+    if device.type != "cuda" or kind in ("moe", "mla", "small") or phase != "prefill":
+        return 0.0
+    spec = model_of(kind)
+    block = Block(spec, spec.blocks[0][1], 1, 128, 128, device)
+    x, residual = (torch.randn(128, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    got, _ = block(x, residual)
+    return float((got.double() - _plain(block, x.float(), residual.float()).double()).norm() / _plain(block, x.float(), residual.float()).double().norm())
+
+
+def _plain(block: Block, x: Any, residual: Any) -> Any:
+    mixer: Attention = block.mixer
+    h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
+
+    def normed(t: Any) -> Any:
+        return t * torch.rsqrt((t * t).mean(-1, keepdim=True) + EPS)
+
+    residual = x + residual
+    qkv = (normed(residual) @ block.qkv.float().t()).view(1, -1, h + 2 * g, d)
+    first, second = qkv[:, :, : h + g].unflatten(3, (2, d // 2)).unbind(3)
+    cosine, sine = (t[None, :, None] for t in block.rope[: x.shape[0]].chunk(2, dim=-1))
+    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+    core = attention.reference(turned[:, :, :h], turned[:, :, h:], qkv[:, :, h + g :], 0).reshape(x.shape[0], -1)
+    residual = residual + core @ block.o.float().t()
+    gate, up = (normed(residual) @ block.gate_up.float().t()).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up) @ block.down_proj.float().t()

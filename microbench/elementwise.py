@@ -1,0 +1,162 @@
+"""Kernels that stream rows: norm, rotary, activation, gathers, plain copies; copies between host and device; empty launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from microbench.case import Case, Prepared, case, sets_for
+from simulator.kernels import elementwise
+from simulator.work import Op
+
+KERNELS = ("elementwise", "host_copy", "launch")
+WIDTHS = (2048, 4096, 8192, 16384)
+ROWS = (1, 16, 128, 1024, 4096, 16384, 65536)
+STREAMS = ("read", "write", "stream")
+EPS = 1e-5
+
+
+def cases(suite: str) -> list[Case]:
+    """Each kernel over rows and widths; streams over sizes; host copies; launches."""
+    if suite == "tiny":
+        return [case("elementwise", impl, "bf16", rows=8, width=64) for impl in ("norm", "activation", "copy", "stream", "read", "write")] + [
+            case("elementwise", "rotary", "bf16", rows=8, width=128, heads=2), case("host_copy", "to_device", "bf16", bytes=1 << 12),
+            case("launch", "eager", "bf16", rows=1),
+        ]  # fmt: skip
+    quick = suite == "quick"
+    found = []
+    for index, width in enumerate(WIDTHS[1:2] if quick else WIDTHS):
+        for impl in ("norm", "activation", "copy"):
+            rows = (16, 4096, 16384) if quick else ROWS
+            found += [case("elementwise", impl, "bf16", rows=r, width=width) for r in rows if r * width < 2**30]
+        heads = (10, 40, 72, 9)[index]
+        found += [case("elementwise", "rotary", "bf16", rows=r, width=128 * heads, heads=heads) for r in ((16, 4096) if quick else ROWS)]
+    sizes = (20, 24, 28, 32) if quick else tuple(range(16, 35, 2))
+    found += [case("elementwise", impl, "bf16", rows=1, width=2**s // 2) for impl in STREAMS for s in sizes]
+    found += [case("host_copy", impl, "bf16", bytes=2**s) for impl in ("to_device", "to_host") for s in ((20, 28) if quick else (12, 16, 20, 24, 28, 30))]
+    return found + [case("launch", impl, "bf16", rows=1) for impl in ("eager", "graph")]
+
+
+def op(which: Case) -> Op:
+    """Quantities: what is read and written once."""
+    if which.kernel == "host_copy":
+        return Op("copy", "host_copy", which.impl, which.dtype, hbm_bytes=float(which["bytes"]), shape={"bytes": float(which["bytes"])})
+    if which.kernel == "launch":
+        return elementwise.copy("launch", rows=1.0, width=1.0)
+    rows, width = float(which["rows"]), float(which["width"])
+    if which.impl in STREAMS:
+        read, written = {"read": (width, 0.0), "write": (0.0, width), "stream": (width, width)}[which.impl]
+        return elementwise.elementwise(which.impl, rows=rows, read=read, written=written, impl=which.impl)
+    if which.impl == "rotary":
+        return elementwise.rotary("rotary", tokens=rows, width=width)
+    make: Callable[..., Op] = {"norm": elementwise.norm, "activation": elementwise.activation}.get(which.impl, elementwise.copy)
+    return make(which.impl, **({"rows": rows} if which.impl == "copy" else {"tokens": rows}), width=width)
+
+
+def prepare(which: Case, device: Any) -> Prepared:
+    """Random rows; gathers draw distinct rows of a table twice as long."""
+    if which.kernel == "host_copy":
+        return _host_copy(which, device)
+    if which.kernel == "launch":
+        cell = torch.zeros(1, device=device)
+        return Prepared(lambda _: cell.zero_(), graphable=which.impl == "graph", hot=True)
+    sets, hot = sets_for(op(which).hbm_bytes, _l2(device))
+    run = _kernel(which, device, sets)
+    return Prepared(run, sets, hot=hot)
+
+
+def _kernel(which: Case, device: Any, sets: int) -> Callable[[int], Any]:
+    rows, width = which["rows"], which["width"]
+    inputs = _inputs(which, device, sets)
+    if which.impl == "stream":
+        source, out = inputs["x"], torch.empty(sets, rows, width, device=device, dtype=torch.bfloat16)
+        return lambda i: out[i].copy_(source[i])
+    if which.impl == "read":
+        source = inputs["x"].view(torch.int32) if width % 2 == 0 else inputs["x"]
+        return lambda i: source[i].amax()
+    if which.impl == "write":
+        out = torch.empty(sets, rows, width, device=device, dtype=torch.bfloat16)
+        return lambda i: out[i].fill_(1.5)
+    if device.type != "cuda":
+        return lambda i: expected(which, {name: value[i] for name, value in inputs.items()})
+    from microbench import kernels_triton as kernels  # noqa: PLC0415 (needs a GPU)
+
+    out = torch.empty(sets, rows, width, device=device, dtype=torch.bfloat16)
+    x = inputs["x"]
+    if which.impl == "norm":
+        added = torch.empty_like(out)
+        return lambda i: kernels.norm(x[i], inputs["residual"][i], inputs["weight"][i], out[i], added[i], EPS)
+    if which.impl == "activation":
+        return lambda i: kernels.activation(x[i], out[i])
+    if which.impl == "rotary":
+        return lambda i: kernels.rotary(x[i], inputs["table"][i], inputs["index"][i], which["heads"], 128)
+    return lambda i: kernels.gather(x[i], inputs["index"][i], out[i])
+
+
+def _inputs(which: Case, device: Any, sets: int) -> dict[str, Any]:
+    rows, width = which["rows"], which["width"]
+    columns = 2 * width if which.impl == "activation" else width
+    height = 2 * rows if which.impl == "copy" else rows
+    found = {} if which.impl == "write" else {"x": torch.randn(sets, height, columns, device=device, dtype=torch.bfloat16)}
+    if which.impl == "norm":
+        found |= {"residual": torch.randn(sets, rows, width, device=device, dtype=torch.bfloat16), "weight": torch.rand(sets, width, device=device, dtype=torch.bfloat16)}
+    if which.impl == "copy":
+        found["index"] = torch.stack([torch.randperm(height, device=device)[:rows].to(torch.int32) for _ in range(sets)])
+    if which.impl == "rotary":
+        angles = torch.rand(rows, 64, device=device) * 6.28
+        found["table"] = torch.cat([angles.cos(), angles.sin()], 1).expand(sets, rows, 128)
+        found["index"] = torch.arange(rows, device=device, dtype=torch.int32).expand(sets, rows)
+    return found
+
+
+def expected(which: Case, given: dict[str, Any]) -> Any:
+    """The kernel's result by plain PyTorch, in the precision of the inputs."""
+    x = given["x"]
+    if which.impl == "norm":
+        added = x + given["residual"]
+        return added * torch.rsqrt((added * added).mean(-1, keepdim=True) + EPS) * given["weight"]
+    if which.impl == "activation":
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    if which.impl == "rotary":
+        first, second = x.view(x.shape[0], -1, 2, 64).unbind(2)
+        cosine, sine = (t[:, None].to(x.dtype) for t in given["table"].chunk(2, dim=-1))
+        return torch.stack([first * cosine - second * sine, second * cosine + first * sine], 2).reshape(x.shape)
+    return x[given["index"].long()]
+
+
+def error(which: Case, device: Any) -> float:
+    """Against the same in float64, on up to 64 rows, outputs poisoned by the allocator's fill."""
+    if which.kernel != "elementwise" or which.impl in STREAMS or device.type != "cuda":
+        return 0.0
+    from microbench import kernels_triton as kernels  # noqa: PLC0415 (needs a GPU)
+
+    small = dict(which.shape) | {"rows": min(which["rows"], 64)}
+    which = Case(which.kernel, which.impl, which.dtype, tuple(small.items()))
+    given = {name: value[0] for name, value in _inputs(which, device, 1).items()}
+    want = expected(which, {n: v.double() if v.is_floating_point() else v for n, v in given.items()})
+    out = torch.full((which["rows"], which["width"]), float("nan"), device=device, dtype=torch.bfloat16)
+    if which.impl == "norm":
+        kernels.norm(given["x"], given["residual"], given["weight"], out, torch.empty_like(out), EPS)
+    elif which.impl == "activation":
+        kernels.activation(given["x"], out)
+    elif which.impl == "rotary":
+        out = given["x"].clone()
+        kernels.rotary(out, given["table"].contiguous(), given["index"], which["heads"], 128)
+    else:
+        kernels.gather(given["x"], given["index"], out)
+    return float((out.double() - want).norm() / want.norm())
+
+
+def _host_copy(which: Case, device: Any) -> Prepared:
+    pinned = torch.empty(which["bytes"], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.empty(which["bytes"], dtype=torch.uint8, device=device)
+    if which.impl == "to_device":
+        return Prepared(lambda _: there.copy_(pinned, non_blocking=True), graphable=False)
+    return Prepared(lambda _: pinned.copy_(there, non_blocking=True), graphable=False)
+
+
+def _l2(device: Any) -> float:
+    return float(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 1e4

@@ -1,0 +1,180 @@
+"""Run cases, slice by slice, and write one immutable file per run.
+
+A file is CSV behind a head of `# key = value` lines (the environment).  A run stopped half-way leaves a file too; the
+next run into the same folder measures only what no file of the same GPU holds yet.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microbench import attention, decoder, elementwise, gemm
+from microbench.case import Case, Prepared
+from microbench.clock import REGIMES, Timing, measure
+from microbench.environment import Sensors, environment
+from simulator.work import Op
+
+MODULES: tuple[Any, ...] = (gemm, attention, elementwise, decoder)
+SUITES = ("tiny", "quick", "full")
+COLUMNS = (
+    "kernel", "impl", "dtype", "regime", "shape", "held", "l2", "p20_s", "p50_s", "p80_s", "samples", "error", "sm_clock_hz", "power_w",
+    "flops", "hbm_bytes", "peak_bytes",
+)  # fmt: skip
+#: Relative errors allowed by element type: rounding of inputs and outputs, not of a wrong result.
+TOLERANCE = {"bf16": 2e-2, "fp8": 6e-2}
+
+
+def module_of(kernel: str) -> Any:
+    """The module that measures a kernel."""
+    return next(m for m in MODULES if kernel in m.KERNELS)
+
+
+def cases_of(names: Iterable[str]) -> list[Case]:
+    """The cases of suites, kernels ("attention") or implementations ("attention/cudnn"), each once."""
+    found: dict[Case, None] = {}
+    everything = [c for m in MODULES for c in m.cases("full")]
+    for name in names:
+        if name in SUITES:
+            chosen = [c for m in MODULES for c in m.cases(name)]
+        else:
+            kernel, _, impl = name.partition("/")
+            chosen = [c for c in everything if c.kernel == kernel and impl in ("", c.impl)]
+        if not chosen:
+            known = ", ".join([*SUITES, *dict.fromkeys(c.kernel for c in everything)])
+            message = f"--suite {name}: no such suite or kernel; use one of {known}"
+            raise ValueError(message)
+        found |= dict.fromkeys(chosen)
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: its file, and how many cases were measured, known before, skipped, left for the next slice."""
+
+    file: Path | None
+    measured: int
+    known: int
+    skipped: tuple[str, ...]
+    left: int
+
+
+def bench(names: Iterable[str], folder: Path, *, limit_s: float = 540.0, progress: Any = None) -> Outcome:
+    """Measure the cases of `names` that `folder` does not hold, for at most `limit_s` seconds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(20261124)
+    facts = environment(device)
+    wanted = cases_of(names)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _known(folder, str(facts["gpu"]))
+    todo = [c for c in wanted if c.key not in known]
+    if not todo:
+        return Outcome(None, 0, len(wanted), (), 0)
+    stamp = str(facts["date"]).replace(":", "").replace("-", "")
+    file = folder / f"{_slug(str(facts['gpu']))}-{stamp}.csv"
+    start, measured, skipped = time.monotonic(), 0, []
+    checked: dict[tuple[Any, ...], float] = {}
+    sensors = Sensors(device)
+    with file.open("x", encoding="utf-8", newline="") as out:
+        out.writelines(f"# {key} = {value}\n" for key, value in facts.items())
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        for index, which in enumerate(todo):
+            if time.monotonic() - start > limit_s:
+                break
+            try:
+                row = _row(which, device, sensors, checked)
+            except (RuntimeError, ValueError, ImportError, AssertionError, StopIteration) as reason:
+                skipped.append(f"{which.key}: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}")
+                row = None
+            gc.collect()
+            if row is not None:
+                writer.writerow(row)
+                out.flush()
+                measured += 1
+            if progress is not None:
+                progress(index + 1, len(todo), which)
+    left = len(todo) - measured - len(skipped)
+    return Outcome(file, measured, len(wanted) - len(todo), tuple(skipped), left)
+
+
+def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ...], float]) -> dict[str, Any]:
+    module = module_of(which.kernel)
+    kind = (which.kernel, which.impl, which.dtype, *(which.get(n) for n in ("heads", "kv_heads", "head_dim", "v_head_dim", "window", "width", "kind")))
+    if kind not in checked:
+        checked[kind] = module.error(which, device)
+    if not checked[kind] < TOLERANCE[which.dtype]:
+        message = f"wrong result, relative error {checked[kind]:.2g} against the reference"
+        raise AssertionError(message)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    prepared: Prepared = module.prepare(which, device)
+    timing = measure(prepared, device, REGIMES["tiny" if device.type != "cuda" else which.regime], sensors)
+    op: Op = module.op(which)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return record(which, timing, op, error=checked[kind], hot=prepared.hot, peak_bytes=prepared.peak_bytes or peak)
+
+
+def record(which: Case, timing: Timing, op: Op, *, error: float, hot: bool, peak_bytes: float) -> dict[str, Any]:
+    """A row of the file."""
+    return {
+        "kernel": which.kernel, "impl": which.impl, "dtype": which.dtype, "regime": which.regime, "shape": which.extents, "held": which.held,
+        "l2": "hot" if hot else "cold", "p20_s": f"{timing.p20_s:.6g}", "p50_s": f"{timing.p50_s:.6g}", "p80_s": f"{timing.p80_s:.6g}",
+        "samples": timing.samples, "error": f"{error:.2g}", "sm_clock_hz": f"{timing.reading.sm_clock_hz:.4g}",
+        "power_w": f"{timing.reading.power_w:.3g}", "flops": f"{float(op.flops):.8g}", "hbm_bytes": f"{float(op.hbm_bytes):.8g}",
+        "peak_bytes": f"{float(peak_bytes):.8g}",
+    }  # fmt: skip
+
+
+def read(file: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The environment and the rows of a run."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    head = [line[1:].partition("=") for line in lines if line.startswith("#")]
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    return {key.strip(): value.strip() for key, _, value in head}, rows
+
+
+def case_of(row: Mapping[str, str]) -> Case:
+    """The case a row measured."""
+    shape = tuple((name, int(value)) for name, _, value in (part.partition("=") for part in row["shape"].split()))
+    return Case(row["kernel"], row["impl"], row["dtype"], shape, row["regime"])
+
+
+def _known(folder: Path, gpu: str) -> set[str]:
+    found = set()
+    for file in folder.glob("*.csv"):
+        facts, rows = read(file)
+        if facts.get("gpu") == gpu:
+            found |= {case_of(row).key for row in rows}
+    return found
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
+
+
+def main() -> None:
+    """`python -m microbench.run OUT SUITE [SECONDS]`: the same without the command line's extras."""
+    folder, suite, limit = Path(sys.argv[1]), sys.argv[2].split(","), float(sys.argv[3]) if len(sys.argv) > 3 else 540.0  # noqa: PLR2004
+
+    def tell(done: int, of: int, which: Case) -> None:
+        if done % 25 == 0:
+            print(f"{done}/{of} {which.key}", flush=True)
+
+    outcome = bench(suite, folder, limit_s=limit, progress=tell)
+    print(outcome.file, "measured", outcome.measured, "known", outcome.known, "left", outcome.left, flush=True)
+    for line in outcome.skipped:
+        print("skipped", line[:240])
+
+
+if __name__ == "__main__":
+    main()
