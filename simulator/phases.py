@@ -81,8 +81,11 @@ class System:
     ) -> list[Work]:
         """The work of one step on each stage."""
 
+        shared: dict[Layer, Later] = {}
+
         def later(*layers: Layer) -> Work:
-            return Serial([Later(partial(self._layer, layer, segments, direction)) for layer in layers])
+            """Equal layers of different blocks are one node: a fold evaluates them once."""
+            return Serial([shared.setdefault(layer, Later(partial(self._layer, layer, segments, direction))) for layer in layers])
 
         blocks = [later(*block) for block in self.model.kinds]
         tokens = self.layout.shard(self.model.embedding, segments).tokens

@@ -13,7 +13,15 @@ from simulator.footprint import Footprint
 from simulator.hardware import Cluster
 from simulator.kernels.attention import Chunked, DualChunk, Sinks, Window
 from simulator.layers import (
-    Attention, CompressedAttention, GatedDeltaNet, IndexedLatentAttention, KimiDeltaAttention, LatentAttention, LightningAttention, Mamba, Mamba2,
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    IndexedLatentAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    LightningAttention,
+    Mamba,
+    Mamba2,
     ParallelMixers,
 )  # fmt: skip
 from simulator.layers.layer import Keep, Mixer
@@ -280,7 +288,7 @@ def _print_cache(plan: Plan, console: Console) -> None:
         for name, held in others.items() if name != "vllm" and "refused" not in held
     ]  # fmt: skip
     _table(console, "Cache of one sequence", ["counted", "per token", "fixed", "at the asked context"], rows)
-    if allocated > 1.02 * total:
+    if allocated > 1.02 * total > 0:
         console.print(f"  vLLM holds {allocated / total:.2f} x the architecture's bytes: copies of the cache over ranks, whole blocks, tokens in flight")
     for line in capacity.log_lines:
         console.print(f"  {line}" + (f"   (each of {int(capacity.replicas)} engines)" if capacity.replicas > 1 else ""), highlight=False)

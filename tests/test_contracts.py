@@ -30,6 +30,7 @@ from simulator.layers.layer import Module
 from simulator.parallel import REGISTRY as SCHEMES
 from simulator.parallel import Scheme
 from tests.support import EVERY, model
+from tests.test_mixers import EACH
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [m.name for m in pkgutil.walk_packages(simulator.__path__, "simulator.") if not m.name.endswith("__main__")]
@@ -127,7 +128,7 @@ def test_the_code_has_no_leftovers(file: Path) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda k: k.__name__)
 def test_a_kind_of_layer_offers_what_a_layer_offers(kind: type) -> None:
-    layer = next(layer for name in EVERY for _, layer in model(name).counted if isinstance(layer, kind))
+    layer = next(layer for layer in (*EACH.values(), *(layer for name in EVERY for _, layer in model(name).counted)) if isinstance(layer, kind))
     for method in ("whole", "modules", "work"):
         assert callable(getattr(layer, method))
     held = layer.whole(NOTHING)

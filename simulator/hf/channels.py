@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simulator.hf.formats import Formats
-from simulator.hf.keys import Keys
+from simulator.hf.keys import MAX_COUNT, Keys
 from simulator.layers import MLP, GatedMLP, Layer, MoE
 
 #: DeciLM rounds a searched width up to a multiple of this.
@@ -27,8 +27,8 @@ def channel(keys: Keys, formats: Formats, what: str, index: int) -> Layer | None
 
 def _dense(keys: Keys, formats: Formats, index: int) -> Layer:
     width = keys.count("hidden_size")
-    wide = keys.get("intermediate_size_mlp")
-    inner = int(wide) if wide else keys.count("intermediate_size", default=int(keys.number("expansion_ratio", 4) * width))
+    names = ("intermediate_size_mlp", "intermediate_size") if keys.kind == "llama4_text" else ("intermediate_size",)
+    inner = keys.count(*names, default=keys.count("expansion_ratio", default=4) * width)
     stored, norms = formats.of("dense", index), keys.count("norm_parameters", default=1)
     if keys.text("mlp", "gated") == "plain":
         return MLP(width, inner, keys.flag("mlp_bias"), stored, norms)
@@ -37,11 +37,14 @@ def _dense(keys: Keys, formats: Formats, index: int) -> Layer:
 
 def _searched(keys: Keys, formats: Formats, index: int) -> Layer | None:
     """One entry of block_configs: width = 2/3 x ffn_mult x D, rounded up to 256."""
-    found = Keys(Keys(keys.listing("block_configs")[index], keys.name).mapping("ffn"), keys.name)
+    found = Keys(keys.entry("block_configs", index).mapping("ffn"), keys.name)
     if found.flag("no_op"):
         return None
     width = keys.count("hidden_size")
-    inner = int(2 * found.number("ffn_mult", 4.0) * width / 3)
+    inner = int(2 * found.number("ffn_mult", 4.0, most=MAX_COUNT / width) * width / 3)
+    if inner < 1:
+        message = f"{keys.name}: ffn_mult = {found.get('ffn_mult')!r} leaves no width; correct the config"
+        raise ValueError(message)
     return GatedMLP(width, -(-inner // _SEARCHED_MULTIPLE) * _SEARCHED_MULTIPLE, formats.of("dense", index))
 
 
@@ -82,6 +85,7 @@ def routed(keys: Keys, index: int) -> bool:
         return index % keys.count("expert_layer_period") == keys.count("expert_layer_offset", default=0, least=0)
     per_layer = isinstance(keys.get("moe_layer_freq"), list)
     if per_layer:
-        return bool(keys.listing("moe_layer_freq")[index])
+        kinds = keys.by_layer("moe_layer_freq", keys.count("num_hidden_layers"))
+        return bool(kinds[index]) if kinds else True
     every = keys.count("interleave_moe_layer_step", "decoder_sparse_step", "moe_layer_freq", default=1)
     return (index + 1) % every == 0

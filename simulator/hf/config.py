@@ -29,7 +29,8 @@ _ANNOUNCES = re.compile(
 #: Keys of that sort whose meaning is read, or that change nothing counted here.
 _UNDERSTOOD = frozenset((
     "attn_type_list", "attention_type", "layer_types", "hybrid_override_pattern", "linear_attn_config", "compress_ratios",
-    "compress_rope_theta", "compress_rope_parameters", "compress_rates", "index_topk", "index_n_heads", "index_head_dim", "indexer_types", "indexer_rope_interleave",
+    "compress_rope_theta", "compress_rope_parameters", "compress_rates", "index_topk", "index_n_heads", "index_head_dim", "indexer_types",
+    "indexer_rope_interleave",
     "index_share_for_mtp_iteration", "index_skip_topk_offset", "index_topk_freq", "index_topk_pattern", "conv_kernel", "conv_L_cache", "conv_bias",
     "linear_conv_kernel_dim", "chunk_size", "attention_chunk_size", "moba_chunk_size", "moba_topk", "state_size", "ssm_state_size", "ssm_cfg",
     "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank", "mamba_conv_bias", "mamba_proj_bias", "mamba_head_dim", "mamba_num_heads",
@@ -51,7 +52,7 @@ def read_config(config: Config, name: str) -> ModelSpec:
         raise ValueError(message)
     formats = Formats(keys.config, name, warnings)
     plan = layout(keys, layers)
-    unknown = _unknown(keys, config, plan)
+    unknown = _unknown(config, plan)
     streams = keys.count("hc_mult", default=1)
     blocks = [_block(keys, formats, what, i, streams) for i, what in enumerate(plan)]
     spec = ModelSpec(
@@ -85,7 +86,7 @@ class _Unknown:
         self.keys, self.layers = keys, layers
 
 
-def _unknown(keys: Keys, config: Config, plan: list[str]) -> _Unknown:
+def _unknown(config: Config, plan: list[str]) -> _Unknown:
     named = sorted(k for k, v in config.items() if v not in (None, False, 0) and _ANNOUNCES.search(str(k)) and k not in _UNDERSTOOD)
     strange = {i for i, what in enumerate(plan) if what not in READERS and what not in ("mlp", "moe", "none")}
     if strange:

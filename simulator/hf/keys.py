@@ -78,7 +78,7 @@ class Keys:
 
     def spelled(self, name: str) -> str:
         """The name a key has in the config itself."""
-        return str(self.config.get(SPELLED, {}).get(name, name))
+        return str(self.mapping(SPELLED).get(name, name))
 
     @property
     def kind(self) -> str:
@@ -103,13 +103,13 @@ class Keys:
         message = f"{self.name}: the config has no {' or '.join(names)}; give the model's full config.json"
         raise ValueError(message)
 
-    def number(self, name: str, default: float) -> float:
-        """A finite number."""
+    def number(self, name: str, default: float, most: float = MAX_COUNT) -> float:
+        """A finite number from 0 to `most`."""
         value = self.config.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            message = f"{self.name}: {name} = {value!r} is not a number; correct the config"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= most:
+            message = f"{self.name}: {name} = {value!r} is not a number from 0 to {most:,.0f}; correct the config"
             raise ValueError(message)
         return float(value)
 
@@ -150,6 +150,14 @@ class Keys:
             message = f"{self.name}: {name} has {len(found)} entries for {layers} layers; correct the config"
             raise ValueError(message)
         return found[:layers]
+
+    def entry(self, name: str, index: int) -> Keys:
+        """The object that a list holds for one layer."""
+        found = self.by_layer(name, self.count("num_hidden_layers"))[index]
+        if not isinstance(found, Mapping):
+            message = f"{self.name}: {name}[{index}] = {found!r} is not an object; correct the config"
+            raise ValueError(message)  # noqa: TRY004 (a user's mistake, not ours)
+        return Keys(found, self.name)
 
     def share(self, value: Any, name: str) -> float:
         """A number from 0 to 1."""

@@ -7,7 +7,7 @@ full_attention_interval, indexer_types, no_rope_layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from simulator.dtypes import BF16, FP16, FP32, DType
@@ -16,8 +16,22 @@ from simulator.hf.keys import Keys
 from simulator.kernels.attention import Causal, Chunked, DualChunk, Mask, Sinks, Window
 from simulator.kernels.sparse_attention import Banded, BigBird
 from simulator.layers import (
-    Attention, CompressedAttention, GatedDeltaNet, IndexedLatentAttention, KimiDeltaAttention, LatentAttention, Layer,
-    LightningAttention, Linear, Mamba, Mamba2, MixtureOfBlockAttention, Mixer, NativeSparseAttention, ParallelMixers, ShortConv,
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    IndexedLatentAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    Layer,
+    LightningAttention,
+    Linear,
+    Mamba,
+    Mamba2,
+    Mixer,
+    MixtureOfBlockAttention,
+    NativeSparseAttention,
+    ParallelMixers,
+    ShortConv,
 )  # fmt: skip
 
 #: Layers of nemotron_h by letter; a channel mixer's letter is read in `channels`.
@@ -107,9 +121,8 @@ def rotates(keys: Keys, index: int) -> bool:
 
 def mixer(keys: Keys, formats: Formats, what: str, index: int) -> Layer | None:
     """The mixer of layer `index`, None where there is none, full attention where `what` is not known."""
-    blocks = keys.listing("block_configs")
-    if blocks:
-        return _searched(keys, formats, blocks[index], index)
+    if keys.listing("block_configs"):
+        return _searched(keys, formats, keys.entry("block_configs", index), index)
     if what in ("mlp", "moe", "none"):
         return None
     return READERS.get(what, _attention_like)(keys, formats, what, index)
@@ -162,7 +175,9 @@ def _attention(keys: Keys, formats: Formats, what: str, index: int) -> Attention
 def _mask(keys: Keys, what: str, index: int) -> Mask:
     if keys.text("encoder") == "bare":
         windows = keys.get("attention_window")
-        return Banded(int(windows[index] if isinstance(windows, list) else windows), 1)
+        if isinstance(windows, list):
+            windows = keys.by_layer("attention_window", keys.count("num_hidden_layers"))[index] if windows else 1
+        return Banded(Keys({"attention_window": windows}, keys.name).count("attention_window"), 1)
     if keys.text("encoder") == "scored" and keys.text("attention_type") == "block_sparse":
         return BigBird(keys.count("block_size"), keys.count("num_random_blocks"))
     if what == "sliding":
@@ -183,7 +198,7 @@ def _latent(keys: Keys, formats: Formats, index: int) -> LatentAttention:
     }  # fmt: skip
     if not keys.get("index_n_heads"):
         return LatentAttention(**common)
-    kinds = keys.listing("indexer_types")
+    kinds = keys.by_layer("indexer_types", keys.count("num_hidden_layers"))
     return IndexedLatentAttention(
         **common, index_n_heads=keys.count("index_n_heads"), index_head_dim=keys.count("index_head_dim"), index_topk=keys.count("index_topk"),
         indexer_shared=bool(kinds) and str(kinds[index]) == "shared", index_weight=formats.of("indexer", index),
@@ -191,11 +206,12 @@ def _latent(keys: Keys, formats: Formats, index: int) -> LatentAttention:
 
 
 def _compressed(keys: Keys, formats: Formats, index: int) -> CompressedAttention:
-    ratio = keys.by_layer("compress_ratios", keys.count("num_hidden_layers"))[index]
+    ratios = keys.by_layer("compress_ratios", keys.count("num_hidden_layers"))
+    ratio = Keys({"compress_ratios": ratios[index] if ratios else 0}, keys.name).count("compress_ratios", default=0, least=0)
     return CompressedAttention(
         hidden_size=keys.count("hidden_size"), num_attention_heads=keys.count("num_attention_heads"), head_dim=keys.count("head_dim"),
         qk_rope_head_dim=keys.count("qk_rope_head_dim"), q_lora_rank=keys.count("q_lora_rank"), o_groups=keys.count("o_groups"),
-        o_lora_rank=keys.count("o_lora_rank"), sliding_window=keys.count("sliding_window"), compress_ratio=int(ratio or 0),
+        o_lora_rank=keys.count("o_lora_rank"), sliding_window=keys.count("sliding_window"), compress_ratio=ratio,
         index_n_heads=keys.count("index_n_heads"), index_head_dim=keys.count("index_head_dim"), index_topk=keys.count("index_topk"),
         weight=formats.of("attention", index),
     )  # fmt: skip
@@ -253,13 +269,13 @@ def _lightning(keys: Keys, formats: Formats, what: str, index: int) -> Layer:  #
 def _mamba(keys: Keys, formats: Formats, what: str, index: int) -> Layer:  # noqa: ARG001 (one signature)
     width = keys.count("hidden_size")
     expand = keys.number("mamba_expand", keys.number("expand", 2.0))
-    inner = int(expand * width)
+    inner = max(1, int(expand * width))
     if keys.kind in ("mamba", "ov_mamba", "falcon_mamba"):
         inner = keys.count("intermediate_size", default=inner)
-    rank = keys.get("mamba_dt_rank") if keys.get("mamba_dt_rank") not in (None, "auto") else keys.get("time_step_rank")
+    rank = next((n for n in ("mamba_dt_rank", "time_step_rank") if keys.get(n) not in (None, "auto")), "")
     return Mamba(
         width, inner, keys.count("mamba_d_state", "state_size", "ssm_state_size", default=16),
-        keys.count("mamba_d_conv", "conv_kernel", default=4), int(rank) if isinstance(rank, int) else -(-width // 16),
+        keys.count("mamba_d_conv", "conv_kernel", default=4), keys.count(rank) if rank else -(-width // 16),
         use_conv_bias=keys.flag("mamba_conv_bias", default=keys.flag("use_conv_bias", default=True)),
         use_bias=keys.flag("mamba_proj_bias", default=keys.flag("use_bias")), inner_norms=keys.flag("inner_norms"),
         ssm_dtype=_state_dtype(keys, BF16), weight=formats.of("linear", index),
@@ -269,7 +285,7 @@ def _mamba(keys: Keys, formats: Formats, what: str, index: int) -> Layer:  # noq
 def _mamba2(keys: Keys, formats: Formats, what: str, index: int) -> Layer:  # noqa: ARG001 (one signature)
     width = keys.count("hidden_size")
     head_dim = keys.count("mamba_head_dim", "mamba_d_head", "head_dim", default=64)
-    heads = keys.count("mamba_num_heads", "mamba_n_heads", "num_heads", default=int(keys.number("expand", 2.0) * width) // head_dim)
+    heads = keys.count("mamba_num_heads", "mamba_n_heads", "num_heads", default=max(1, int(keys.number("expand", 2.0) * width) // head_dim))
     return Mamba2(
         width, heads, head_dim, keys.count("ssm_state_size", "mamba_d_state", "state_size", default=128),
         keys.count("n_groups", "mamba_n_groups", default=1), keys.count("conv_kernel", "mamba_d_conv", default=4),
@@ -287,14 +303,15 @@ def _parallel(keys: Keys, formats: Formats, what: str, index: int) -> Layer:
     return ParallelMixers(branches)
 
 
-def _searched(keys: Keys, formats: Formats, block: Mapping[str, Any], index: int) -> Layer | None:
+def _searched(keys: Keys, formats: Formats, block: Keys, index: int) -> Layer | None:
     """One entry of block_configs: no attention, a plain projection, or attention with its own groups and window."""
-    found = Keys(Keys(block, keys.name).mapping("attention"), keys.name)
+    found = Keys(block.mapping("attention"), keys.name)
     if found.flag("no_op"):
         return None
     if found.flag("replace_with_linear"):
         return Linear(keys.count("hidden_size"), formats.of("attention", index))
-    own = keys.only(num_key_value_heads=keys.count("num_attention_heads") // found.count("n_heads_in_group"))
+    group = found.count("n_heads_in_group")
+    own = keys.only(num_key_value_heads=max(1, keys.count("num_attention_heads") // group))
     layer = _attention(own, formats, "attention", index)
     window, sinks = found.count("window_length", default=0, least=0), found.count("num_sink_tokens", default=0, least=0)
     if not window:

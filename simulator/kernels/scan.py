@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from simulator.dtypes import BF16, FP32, DType
 from simulator.kernels.attention import Segment
-from simulator.units import Bytes, Flops, Num, Tokens, ceil, log2, maximum
+from simulator.units import Bytes, Flops, Num, Tokens, ceil, log2, maximum, where
 from simulator.work import Aside, Op
 
 
@@ -91,7 +91,7 @@ def recurrent(
     state = heads * (float(d_k) * d_v)
     io_bytes = tokens * ((inputs + outputs) * dtype.bytes)
     kept = segment.sequences * (state * state_dtype.bytes)
-    any_tokens = maximum(segment.new_tokens, 0.0) > 0
+    any_tokens = where(segment.new_tokens > 0, 1.0, 0.0)
     useful = tokens * step_flops
     shape = {"sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "chunk": float(chunk), "d_k": float(d_k), "d_v": float(d_v)}
     if segment.split_kv:
@@ -134,7 +134,7 @@ def selective_scan(
     tokens = segment.tokens
     flops = tokens * (channels * (7.0 * state))
     moved = tokens * ((channels * 4 + 2.0 * state) * dtype.bytes)
-    kept = segment.sequences * (channels * (2.0 * state * state_dtype.bytes)) * (segment.new_tokens > 0)
+    kept = segment.sequences * (channels * (2.0 * state * state_dtype.bytes)) * where(segment.new_tokens > 0, 1.0, 0.0)
     times = 3.0 if backward else 1.0
     return Op(
         name, "selective_scan", "decode" if segment.split_kv else "prefill", FP32.name, tensor_flops=flops * times,
@@ -155,11 +155,11 @@ def long_convolution(name: str, segment: Segment, *, channels: Num, state: int, 
     io_bytes = segment.tokens * (channels * (2.0 * BF16.bytes))
     if segment.split_kv:
         flops = segment.tokens * (channels * (8.0 * state))
-        moved = io_bytes + segment.sequences * (channels * (2.0 * state * FP32.bytes)) * (segment.new_tokens > 0)
+        moved = io_bytes + segment.sequences * (channels * (2.0 * state * FP32.bytes)) * where(segment.new_tokens > 0, 1.0, 0.0)
     else:
         points = 2.0 * segment.context
         one = 2.0 * 5.0 * points * log2(maximum(points, 1.0)) + (6.0 + state) * points
-        flops = segment.sequences * (channels * one) * (segment.new_tokens > 0)
+        flops = segment.sequences * (channels * one) * where(segment.new_tokens > 0, 1.0, 0.0)
         moved = io_bytes + segment.sequences * (channels * (segment.mean_prefix * BF16.bytes))
     times = 2.0 if backward else 1.0
     return Op(

@@ -87,9 +87,9 @@ class Keep(Enum):
 class Kept:
     """One thing a mixer keeps of one sequence on one rank: `rows(context)` rows of `row` elements.
 
-    A row comes with every `every`-th token after the first `late`; `most` rows are kept (None: all).  A state is one row that is there from
-    the first token (`every` 0).  With a `cycle` only the t mod cycle newest are kept.  `dtype` is the element type of what no cache format touches, None what the cache's
-    format stores.
+    A row comes with every `every`-th token after the first `late`; `most` rows are kept (None: all).  A state is one row
+    that is there from the first token (`every` 0).  With a `cycle` only the t mod cycle newest are kept.  `dtype` is the
+    element type of what no cache format touches, None what the cache's format stores.
     """
 
     keep: Keep
@@ -165,13 +165,13 @@ TRANSFORMERS = StateRules(
 
 
 class Split(NamedTuple):
-    """Something of a layer that tensor ranks share out: `count` units called `name`.
+    """Something of a layer that tensor ranks share out: `units` called `name`.
 
     With `copied`, more ranks than units hold copies, as many of each.
     """
 
     name: str
-    count: int
+    units: int
     copied: bool = False
 
 

@@ -6,7 +6,7 @@ Legend: D hidden_size, E num_experts, k num_experts_per_tok, F moe_intermediate_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from simulator.dtypes import BF16, W_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
@@ -22,7 +22,8 @@ from simulator.work import Op, Serial, Work
 class MoE:
     """Parameters D E (router, held whole by every rank) + 3 D F E + 3 D F_shared; plain experts (`gated` false) 2 instead
     of 3.  `latent_size` experts work in a narrower space, with 2 D latent more for the way in and out (Nemotron-3 Super).
-    `hash_routed` layers (DeepSeek-V4) look their experts up by token: the router's weights and work remain.
+    `hash_routed` layers (DeepSeek-V4) look their experts up by token: the router's weights and
+    work remain, so that the two are equal here.
 
     Rows and distinct experts are those of the busiest expert rank under uniform routing.
     Source: FORMULAS 1.19, 5.4.
@@ -40,7 +41,7 @@ class MoE:
     expert_weight: WeightFormat = W_BF16
     gated: bool = True
     latent_size: int | None = None
-    hash_routed: bool = False
+    hash_routed: bool = field(default=False, compare=False)
     shared_weight: WeightFormat | None = None
     norm_parameters: int = 1
 
