@@ -68,7 +68,10 @@ layout_options = _options(
 )
 format_options = _options(
     click.option("--weights", default=None, help="Store linear layers otherwise: bf16, fp8, nvfp4, int4, ..."),
-    click.option("--cache", "--cache-dtype", "--kv-cache-dtype", "cache", default=None, help="Store the cache otherwise: bf16, fp8, nvfp4, int4, kivi-2, fp8_ds_mla, ..."),
+    click.option(
+        "--cache", "--cache-dtype", "--kv-cache-dtype", "cache", default=None,
+        help="Store the cache otherwise: bf16, fp8, nvfp4, int4, kivi-2, fp8_ds_mla, ...",
+    ),
 )
 engine_options = _options(
     click.option("--block-size", type=click.IntRange(1, 4096), default=None, help="Tokens per cache block (default: the engine's)."),
@@ -322,7 +325,7 @@ def estimate(
 ) -> None:  # fmt: skip
     """How long one phase of MODEL takes on one layout, op by op."""
     from simulator import report
-    from simulator.engines import REGISTRY
+    from simulator.engines import SCHEDULED
     from simulator.estimate import estimate as answer
     from simulator.parallel import Layout
     from simulator.phases import Decode, Prefill
@@ -341,7 +344,7 @@ def estimate(
         asked = Prefill(float(context), float(batch), float(prefix), None if chunk is None else float(chunk))
     else:
         asked = Decode(float(context), float(batch))
-    found = answer(spec, machine, layout, asked, engine=REGISTRY[engine]() if engine else None)
+    found = answer(spec, machine, layout, asked, engine=SCHEDULED[engine]() if engine else None)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "layout": str(layout), "phase": phase, "context": context,
         "batch": batch, "prefix": prefix, "chunk": chunk, "engine": engine, "weights": weights or spec.quantization, "cache": spec.cache.name,

@@ -15,7 +15,7 @@ from simulator.layers.layer import Keep, Layer, Mixer, parameters
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Prefill, System
-from simulator.units import Bytes, Count, Flops
+from simulator.units import Bytes, Count
 from simulator.work import Together, fold, quantity
 
 _NOTHING = (Segment(0.0, 0.0, 0.0),)
@@ -38,14 +38,14 @@ class Quantities:
 
     model: ModelSpec
     context: int
-    parameters: Count
-    active: Count
-    cache_bytes_per_token: Bytes
-    cache_fixed_bytes: Bytes
-    cache_bytes: Bytes
-    prefill_flops: Flops
-    decode_flops: Flops
-    decode_bytes: Bytes
+    parameters: float
+    active: float
+    cache_bytes_per_token: float
+    cache_fixed_bytes: float
+    cache_bytes: float
+    prefill_flops: float
+    decode_flops: float
+    decode_bytes: float
 
 
 def quantities(model: ModelSpec, context: int) -> Quantities:

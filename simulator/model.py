@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from simulator.dtypes import C_BF16, CacheFormat, WeightFormat
+from simulator.dtypes import C_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.layers.embedding import Embedding, Head
 from simulator.layers.layer import ARCHITECTURE, Kept, Layer, Mixer, StateRules, is_mixer, parameters, weight_bytes

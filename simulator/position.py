@@ -236,7 +236,8 @@ def wavelengths(rotary_dim: int, theta: float) -> Pairs:
     >>> round(float(wavelengths(128, 5e5)[-1]))
     2559196
     """
-    return 2 * math.pi * theta ** (np.arange(0, rotary_dim, 2) / rotary_dim)
+    found: Pairs = 2 * math.pi * theta ** (np.arange(0, rotary_dim, 2) / rotary_dim)
+    return found
 
 
 class Scaling(Protocol):

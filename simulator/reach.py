@@ -56,7 +56,7 @@ def effective(model: ModelSpec) -> Effective | None:
 class Positioned(NamedTuple):
     """A way of telling positions apart and the layers that use it; `most` is the largest distance a layer with a window sees."""
 
-    count: int
+    layers: int
     what: str
     position: Position
     heads: int
@@ -123,7 +123,7 @@ def warnings(model: ModelSpec, context: int) -> list[str]:
 def describe(held: Positioned, model: ModelSpec, context: int) -> str:
     """One line on positions for people: scheme, base, scaling, what training did not show, temperature."""
     position, encoding = held.position, model.reach.encoding
-    told = f"{held.count} x {held.what}: {position.name}"
+    told = f"{held.layers} x {held.what}: {position.name}"
     if isinstance(position, Learned):
         return f"{told}, a table of {position.positions:,}"
     if isinstance(position, Alibi):
@@ -157,7 +157,7 @@ def document(model: ModelSpec, context: int) -> dict[str, object]:
         "effective_tokens": None if shown is None else shown.tokens, "effective_at_least": None if shown is None else shown.at_least,
         "effective_measure": None if shown is None else shown.measure, "effective_source": None if shown is None else shown.source_url,
         "positions": [
-            {"layers": held.count, "kind": held.what, "scheme": held.position.name, **_rotary(held.position, model, context)}
+            {"layers": held.layers, "kind": held.what, "scheme": held.position.name, **_rotary(held.position, model, context)}
             for held in positions(model)
         ],
     }  # fmt: skip

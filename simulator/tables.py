@@ -142,10 +142,10 @@ def print_models(document: dict[str, Any], console: Console) -> None:
         dense = entry["active_parameters"] == entry["parameters"]
         rows.append([
             entry["name"], _billions(entry["parameters"]), "" if dense else _billions(entry["active_parameters"]), f"{entry['cache_bytes_per_token']:,.0f}", gib(entry["cache_bytes_128k"]),
-            gib(entry["cache_bytes_1m"]), _tokens(entry["trained_tokens"]), _tokens(entry["declared_tokens"]),
+            gib(entry["cache_bytes_1m"]), _stretched(entry["declared_tokens"], entry["trained_tokens"]),
             ("" if effective is None else ">= " if entry["effective_at_least"] else "") + _tokens(effective), entry["mixers"],
         ])  # fmt: skip
-    columns = ["model", "params", "active", "B/token", "at 128K", "at 1M", "before scaling", "declared", "effective", "mixers"]
+    columns = ["model", "params", "active", "B/token", "at 128K", "at 1M", "declared", "effective", "mixers"]
     table = Table(title=f"{len(rows)} models", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         left = column in ("model", "mixers")
@@ -155,13 +155,18 @@ def print_models(document: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print()
     console.print(
-        "Cache of one sequence by architecture, in the checkpoint's format.  Effective: the published length a model was shown to use (RULER, needles); "
-        "empty where none is known here.", style="dim", highlight=False, soft_wrap=True,
+        "Declared (before scaling).  Cache of one sequence by architecture, in the checkpoint's format.  Effective: the published length a model was shown to use (RULER,\n"
+        "needles); empty where none is known here.", style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
 def _billions(count: float) -> str:
     return f"{significant(count / _TRILLION, 3)}T" if count >= _TRILLION else f"{significant(count / 1e9, 3)}B"
+
+
+def _stretched(declared: int | None, trained: int | None) -> str:
+    """A declared length, and the one before scaling where it is another."""
+    return _tokens(declared) + (f" ({_tokens(trained)})" if trained and trained != declared else "")
 
 
 def _tokens(count: int | None) -> str:
@@ -248,5 +253,6 @@ def print_head_types(document: dict[str, Any], console: Console) -> None:
          "not offered" if math.isnan(t["cache_bytes_per_sequence"]) else gib(t["cache_bytes_per_sequence"])]
         for t in document["head_types"]
     ]  # fmt: skip
-    title = f"{asked['heads']} heads of {asked['head_dim']}: elements kept per token and layer; cache of {asked['layers']} layers at {asked['context']:,} tokens in {asked['cache']}"
+    title = f"{asked['heads']} heads of {asked['head_dim']}: elements kept per token and layer; cache of {asked['layers']} layers "
+    title += f"at {asked['context']:,} tokens in {asked['cache']}"
     _table(console, title, ["heads", "what it is", "elements", "fewer than MHA", "cache"], rows)

@@ -34,7 +34,7 @@ def test_every_models_positions_can_be_told(name: str) -> None:
         assert held.position.name in told
         assert "nan" not in told
         assert "\n" not in told
-    assert sum(held.count for held in reach.positions(spec)) <= sum(count for count, _ in spec.mixers)
+    assert sum(held.layers for held in reach.positions(spec)) <= sum(count for count, _ in spec.mixers)
     assert reach.document(spec, 1000)["declared_tokens"] == spec.reach.declared_tokens
 
 
@@ -59,7 +59,7 @@ def test_gemmas_windows_have_their_own_base_and_no_scaling() -> None:
 
 def test_llama_4_rotates_its_chunks_and_warms_the_rest() -> None:
     spec = model("meta-llama/Llama-4-Scout-17B-16E-Instruct")
-    counts = {type(held.position).__name__: held.count for held in reach.positions(spec)}
+    counts = {type(held.position).__name__: held.layers for held in reach.positions(spec)}
     assert counts == {"Rotary": 36, "NoPosition": 12}
     (warm,) = (held for held in reach.positions(spec) if isinstance(held.position, NoPosition))
     assert "queries x 1.486 at 1,048,576 tokens" in reach.describe(warm, spec, 1_048_576)

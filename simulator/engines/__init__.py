@@ -8,4 +8,7 @@ from simulator.engines.vllm import Vllm
 #: Every engine, by the name users give.
 REGISTRY: dict[str, type[Vllm] | type[Sglang] | type[TensorrtLlm]] = {"vllm": Vllm, "sglang": Sglang, "tensorrt_llm": TensorrtLlm}
 
-__all__ = ["REGISTRY", "Allocation", "Engine", "Sglang", "TensorrtLlm", "Vllm"]
+#: Those whose steps, layouts and launch commands are modelled too.
+SCHEDULED: dict[str, type[Vllm]] = {"vllm": Vllm}
+
+__all__ = ["REGISTRY", "SCHEDULED", "Allocation", "Engine", "Sglang", "TensorrtLlm", "Vllm"]

@@ -67,7 +67,7 @@ class Sglang:
         if self.memory_fraction is not None:
             return self.memory_fraction
         total = float(cluster.gpu.usable_bytes) / _MIB
-        tier = next(c for c in _facts()["defaults"]["memory_classes"] if total < c["below_mib"])
+        tier: dict[str, float] = next(c for c in _facts()["defaults"]["memory_classes"] if total < c["below_mib"])
         reserved = float(_fact("memory", "reserved_mib")) + tier["chunked_prefill_size"] * float(_fact("memory", "reserved_mib_per_token"))
         reserved += float(layout.tp * layout.pp) / 8 * float(_fact("memory", "reserved_mib_per_8_gpus"))
         reserved += tier["graph_batch_tp4" if float(layout.tp) >= _WIDE else "graph_batch"] * float(_fact("memory", "reserved_mib_per_graph_row"))

@@ -49,7 +49,7 @@ class TensorrtLlm:
         return str(_facts()["version"])
 
     def allocation(self, model: ModelSpec, layout: Layout, cluster: Cluster, max_model_len: int) -> Allocation:
-        """tokens = budget / rows of a token, in whole blocks; a request takes ceil(L / b) blocks and its states."""
+        """Tokens = budget / rows of a token, in whole blocks; a request takes ceil(L / b) blocks and its states."""
         if model.cache.name not in _facts()["cache_dtypes"]:
             known = ", ".join(_facts()["cache_dtypes"])
             raise refuse(self.title, self.version, f"no {model.cache.name} cache; it offers {known}")

@@ -29,7 +29,7 @@ from simulator.layers import Attention, LatentAttention, MoE
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
-from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
+from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, where
 from simulator.work import Op
 
 
@@ -267,7 +267,8 @@ class Vllm:
         offered = _facts()["cache_dtypes"]
         if model.cache.name in offered:
             return []
-        return [f"vLLM {self.version} offers no {model.cache.name} cache (only {', '.join(offered)}): its rows are counted in vLLM's blocks, there is no command"]
+        told = f"vLLM {self.version} offers no {model.cache.name} cache (only {', '.join(offered)})"
+        return [f"{told}: its rows are counted in vLLM's blocks, there is no command"]
 
     def refusals(self, model: ModelSpec, layout: Layout, gpus_per_node: int = 8) -> Iterator[str]:
         """What vLLM refuses beyond the schemes' own rules."""
@@ -370,23 +371,8 @@ def _told(found: list[Table], pool: float, in_flight: Tokens) -> str:
 
 
 def _is_dense(model: ModelSpec) -> bool:
-    """Dense models run on vLLM's second model runner, which reserves nothing for CUDA graphs and keeps pp + 1 batches."""
+    """Dense models: no published log shows memory reserved for their CUDA graphs."""
     return not any(isinstance(layer, MoE) for layer in model.layers)
-
-
-def _is_paged(layer: Mixer) -> bool:
-    """Whether a layer keeps rows in pages."""
-    return any(item.every for item in layer.kept(layer.whole((Segment(0.0, 0.0, 0.0),))))
-
-
-def _state_bytes(model: ModelSpec, layout: Layout) -> Bytes:
-    """Fixed states of one sequence on the first stage's rank: an even share of all layers."""
-    placed, total = layout.place(model), 0.0 * (layout.tp * layout.pp)
-    for count, layer in model.mixers:
-        for item in layer.kept(placed.shard(layer, (Segment(1.0, 0.0, 1.0),))):
-            if item.every == 0:
-                total = total + count * item.bytes(1.0, model.cache)
-    return ceil(total / layout.pp)
 
 
 __all__ = ["Capacity", "Group", "Mixed", "Prefill", "Vllm"]

@@ -121,7 +121,7 @@ def _packed(model: ModelSpec) -> list[Group]:
 
 def _least_padding(values: list[int], least: int) -> int:
     """The divisor from `least` up whose multiples above the values are nearest in all; the larger of equals."""
-    return min(range(least, max(max(values), least) + 1), key=lambda d: (sum(-v % d for v in values), -d))
+    return min(range(least, max(*values, least) + 1), key=lambda d: (sum(-v % d for v in values), -d))
 
 
 def _v4_block(held: Held) -> int:
@@ -132,6 +132,10 @@ def _v4_page(model: ModelSpec, held: Held) -> Bytes:
     rows = max(_v4_block(held) // held.every, 1)
     multiple = stored_as(model).page_multiple
     return ceil(rows * held.row_bytes / multiple) * multiple
+
+
+#: Groups with the tokens of their blocks and the bytes of their pages.
+Made = list[tuple[Group, Num, dict[Kind, Bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,7 @@ def tables(model: ModelSpec, layout: Layout, *, block: int, in_flight: Tokens, s
         return kinds[model.order[index]][slot]
 
     found = groups(model)
+    made: Made
     if _is_v4(model):
         made = [(group, float(_v4_block(first(group))), {k: _v4_page(model, kinds[k[0]][k[1]]) for k in _kinds(model, group)}) for group in found]
     elif len(found) == 1 and found[0].demand is not Demand.STATE:
@@ -167,9 +172,6 @@ def tables(model: ModelSpec, layout: Layout, *, block: int, in_flight: Tokens, s
 
 def _kinds(model: ModelSpec, group: Group) -> tuple[Kind, ...]:
     return tuple(dict.fromkeys((model.order[index], slot) for index, slot in group.members))
-
-
-Made = list[tuple[Group, Num, dict[Kind, Bytes]]]
 
 
 def _unified(model: ModelSpec, found: list[Group], first: Callable[[Group], Held], block: int) -> Made:
