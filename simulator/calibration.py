@@ -26,19 +26,25 @@ class Constants:
     """Constants of one family of ops.
 
     tensor, special, memory: shares of peak attained at saturation.  sustained: the share of the tensor peak that the board's
-    power limit lets through when work goes on (0: no such limit known).  depth_half: trip count of a tile's inner loop at
-    half of the tensor rate.  split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last
-    wave of tiles costs, in waves.  launch_s: the op's own fixed time on the GPU.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
+    power limit lets through when work goes on (0: no such limit known).  heat: the share of the power budget that memory takes at its peak
+    rate.  depth_half: trip count of a tile's inner loop at
+    half of the tensor rate.  variant: what the family's second kernel attains of the first.
+    split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last
+    wave of tiles costs, in waves.  launch_s: the op's own fixed time on the GPU.  merge_s: what merging one more
+    partial result takes.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
     """
 
     tensor: Fraction = 1.0
     special: Fraction = 1.0
     memory: Fraction = 1.0
     sustained: Fraction = 0.0
+    heat: Fraction = 0.0
     depth_half: float = 0.0
     split: float = 1.0
+    variant: Fraction = 1.0
     wave: float = 0.0
     launch_s: Seconds = 0.0
+    merge_s: Seconds = 0.0
     power: int = 0
     sigma: float = 0.0
     basis: str = "analytic"
@@ -132,9 +138,9 @@ _POWERS = (0, 1, 2, 4, 8, 16)
 def _constants(row: dict[str, object], file: Path) -> Constants:
     """One family, every constant checked: shares above 0, the rest from 0, a power of two, a known basis."""
     for name, value in row.items():
-        if name in ("tensor", "special", "memory", "split"):
+        if name in ("tensor", "special", "memory", "split", "variant"):
             sound = _is_number(value, least=0.0) and value != 0
-        elif name in ("sustained", "depth_half", "wave", "launch_s", "sigma", "rows"):
+        elif name in ("sustained", "heat", "depth_half", "wave", "launch_s", "merge_s", "sigma", "rows"):
             sound = _is_number(value, least=0.0)
         else:
             sound = {"power": value in _POWERS, "basis": value in BASES}.get(name, True)

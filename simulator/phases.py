@@ -80,7 +80,6 @@ class System:
         self, segments: tuple[Segment, ...], *, host: Host | None = None, direction: Direction = Direction.FORWARD
     ) -> list[Work]:
         """The work of one step on each stage."""
-
         shared: dict[Layer, Later] = {}
 
         def later(*layers: Layer) -> Work:

@@ -25,7 +25,7 @@ from simulator.hf import catalog as models
 from simulator.kernels.attention import Segment
 from simulator.kernels.unfused_attention import unfused_attention
 from simulator.published import MICROBENCHMARKS, SOURCES, Measurement, NotComparableError, addresses, measurements, question, role
-from simulator.published.serving import waited
+from simulator.published.serving import _clients, waited
 from simulator.published.table import _MODELS
 from simulator.validate import Compared, Refused, accuracy, by_kind, by_source, compare, recorded
 from simulator.work import fold, quantity
@@ -155,6 +155,14 @@ def test_a_row_that_states_too_little_says_what_is_missing() -> None:
         question(replace(row("LLMC-0001"), other_inputs="M=64;N=12288"))
     with pytest.raises(NotComparableError, match=r"GPU gpu of tomorrow is not in the catalog"):
         question(replace(row("LLMC-0001"), hardware="gpu of tomorrow"))
+
+
+def test_clients_that_do_not_agree_with_the_batch_are_refused() -> None:
+    with pytest.raises(NotComparableError, match="replicas is not stated"):
+        question(row("AICE-0060"))
+    with pytest.raises(NotComparableError, match="clients is not stated"):
+        question(row("AICE-0068"))
+    assert _clients(row("AICE-0024")) == 4
 
 
 def test_a_model_that_joins_the_catalog_is_compared_without_a_change() -> None:

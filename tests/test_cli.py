@@ -67,7 +67,9 @@ def refused(said: Said, *words: str) -> None:
 
 VALUE = {"value", "low", "high", "basis"}
 HEAD = {"schema_version", "tool_version", "inputs", "warnings"}
-ENGINE = {"bytes_per_sequence", "bytes_per_sequence_per_gpu", "capacity_tokens", "max_concurrency", "replicas", "log"}
+ENGINE = {
+    "title", "version", "bytes_per_sequence", "bytes_per_sequence_per_gpu", "capacity_tokens", "max_concurrency", "replicas", "prefix_tokens", "log", "note",
+}  # fmt: skip
 SECONDS = VALUE | {"lower", "upper"}
 SIZE = HEAD | {
     "fits", "verdict", "binding_constraint", "layout", "memory_bytes_per_gpu", "cache", "max_context_tokens", "max_context_layout", "max_concurrency",
@@ -87,8 +89,8 @@ SIZE_INPUTS = {
 ESTIMATE = HEAD | {"seconds", "flops", "model_flops", "hbm_bytes", "wire_bytes", "memory_bytes_per_gpu", "rows", "calibration"}
 ROW = {"name", "kernel", "impl", "dtype", "count", "seconds", "lower", "flops", "model_flops", "hbm_bytes", "wire_bytes", "bound_by", "basis"}
 KERNEL = HEAD | {"flops", "model_flops", "hbm_bytes", "seconds", "bound_by", "calibration", "launched"}
-KV = HEAD | {"bytes_per_token", "fixed_bytes", "bytes_per_sequence", "layers", "engines"}
-KV_LAYER = {"count", "kind", "row_bytes", "stored_tokens", "bytes_per_sequence"}
+KV = HEAD | {"bytes_per_token", "fixed_bytes", "bytes_per_sequence", "layers", "engines", "reach"}
+KV_LAYER = {"count", "kind", "keeps", "row_bytes", "stored_tokens", "bytes_per_sequence"}
 
 
 def intervals(document: Any) -> Iterator[dict[str, Any]]:
@@ -300,8 +302,8 @@ BAD: list[tuple[list[object], list[str]]] = [
     (["size", LLAMA, "--gpu", "h2000"], ["h2000", "not in the catalog", "h200"]),
     (["size", LLAMA, "--gpu", ""], ["not in the catalog"]),
     (["kernel", "gemm", "--m", 1, "--n", 1, "--k", 1, "--gpu", "tpu"], ["tpu", "not in the catalog"]),
-    (["size", LLAMA, "--cache", "fp8_ds_mla"], ["fp8_ds_mla", "latent cache", "use fp8 or bf16"]),
-    (["kv", LLAMA, "--cache", "fp8_ds_mla"], ["fp8_ds_mla", "latent cache"]),
+    (["size", LLAMA, "--cache", "fp8_ds_mla"], ["fp8_ds_mla", "stores latents of 512", "use fp8, bf16"]),
+    (["kv", LLAMA, "--cache", "fp8_ds_mla"], ["fp8_ds_mla", "stores latents of 512"]),
     (["size", LLAMA, "--cache", "fp9"], ["fp9", "use one of"]),
     (["size", LLAMA, "--weights", "q4"], ["q4", "use one of"]),
     (["size", LLAMA, "--price", -1], ["--price", "-1"]),

@@ -13,15 +13,55 @@ from simulator import Calibration, Decode, Layout, Prefill, estimate, load_model
 from simulator.dtypes import BF16, CACHE_FORMATS, CacheRow
 from simulator.estimate import bare
 from simulator.kernels.attention import Causal, Chunked, DualChunk, Mask, Segment, Sinks, Window, pairs
-from simulator.kernels.scan import delta_chunk_flops, delta_step_flops, linear_chunk_flops, linear_step_flops, recurrent, selective_scan, ssd_chunk_flops
+from simulator.kernels.scan import (
+    delta_chunk_flops,
+    delta_step_flops,
+    linear_chunk_flops,
+    linear_step_flops,
+    recurrent,
+    selective_scan,
+    ssd_chunk_flops,
+)
 from simulator.kernels.sparse_attention import (
-    Banded, BigBird, Blocks, Columns, Pooled, Summaries, TopK, floors, floors_capped, index_scores, sparse_attention,
+    Banded,
+    BigBird,
+    Blocks,
+    Columns,
+    Pooled,
+    Summaries,
+    TopK,
+    floors,
+    floors_capped,
+    index_scores,
+    sparse_attention,
 )  # fmt: skip
 from simulator.launch import LAUNCHES, launch
 from simulator.layers import (
-    MLP, REGISTRY, S4, Attention, CompressedAttention, Direction, Embedding, GatedDeltaNet, GatedMLP, Head, HyperConnection, IndexedLatentAttention,
-    KimiDeltaAttention, LatentAttention, Layer, LightningAttention, Linear, Mamba, Mamba2, MixtureOfBlockAttention, MoE, NativeSparseAttention,
-    ParallelMixers, Retention, ShortConv,
+    MLP,
+    REGISTRY,
+    S4,
+    Attention,
+    CompressedAttention,
+    Direction,
+    Embedding,
+    GatedDeltaNet,
+    GatedMLP,
+    Head,
+    HyperConnection,
+    IndexedLatentAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    Layer,
+    LightningAttention,
+    Linear,
+    Mamba,
+    Mamba2,
+    MixtureOfBlockAttention,
+    MoE,
+    NativeSparseAttention,
+    ParallelMixers,
+    Retention,
+    ShortConv,
 )  # fmt: skip
 from simulator.layers.layer import is_mixer, parameters
 from simulator.model import ModelSpec
@@ -110,8 +150,8 @@ def sees(mask: Mask, i: int, j: int, n: int) -> bool:
 
 small = st.integers(1, 14)
 static = st.one_of(
-    st.builds(Columns, small), st.builds(lambda l, c: Summaries(l, min(l, c)), small, small), st.builds(lambda h, g: Banded(2 * h, g), st.integers(0, 9), st.integers(0, 12)),
-    st.builds(lambda l, c: DualChunk(l + c, c), small, small),
+    st.builds(Columns, small), st.builds(lambda b, c: Summaries(b, min(b, c)), small, small), st.builds(lambda h, g: Banded(2 * h, g), st.integers(0, 9), st.integers(0, 12)),
+    st.builds(lambda b, c: DualChunk(b + c, c), small, small),
 )  # fmt: skip
 
 

@@ -17,8 +17,21 @@ from simulator.hf import read_config
 from simulator.kernels.attention import Bidirectional, Causal, Chunked, DualChunk, Segment, Window
 from simulator.kernels.sparse_attention import Banded, BigBird
 from simulator.layers import (
-    MLP, Attention, CompressedAttention, GatedDeltaNet, GatedMLP, IndexedLatentAttention, KimiDeltaAttention, LatentAttention, Layer,
-    LightningAttention, Mamba, Mamba2, MoE, NativeSparseAttention, ShortConv,
+    MLP,
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    GatedMLP,
+    IndexedLatentAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    Layer,
+    LightningAttention,
+    Mamba,
+    Mamba2,
+    MoE,
+    NativeSparseAttention,
+    ShortConv,
 )  # fmt: skip
 from simulator.layers.layer import ARCHITECTURE, TRANSFORMERS, Keep, is_mixer
 from simulator.model import ModelSpec

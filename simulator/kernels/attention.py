@@ -234,6 +234,13 @@ class Bidirectional:
         return 0
 
 
+def _edges(mask: Mask, live: Tokens) -> Num:
+    """How many edges of a query tile's keys are masked: the diagonal, and a window's other end once it hides keys."""
+    if isinstance(mask, Bidirectional):
+        return 0.0
+    return where(live > mask.width, 2.0, 1.0) if isinstance(mask, Window) else 1.0
+
+
 def pairs(mask: Mask, segment: Segment) -> Count:
     """Pairs per query head and sequence: (F(P + rC) - F(P)) / r.
 
@@ -284,7 +291,7 @@ def attention(
     shape = {
         "sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": d_k,
         "v_head_dim": d_v, "scores": scores, "keys": seen.keys, "live": live, "row_bytes": row_bytes,
-        "masked": 0.0 if isinstance(mask, Bidirectional) else 1.0,
+        "masked": _edges(mask, seen.live),
     }  # fmt: skip
 
     def saved() -> Bytes:
@@ -293,7 +300,8 @@ def attention(
     if not backward:
         extra = tokens * heads if learned_sinks else 0.0
         return Op(
-            name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name, tensor_flops=forward,
+            name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name,
+            operands=cache.name if cache.bits < dtype.bits else "", tensor_flops=forward,
             exponentials=scores + extra if learned_sinks else scores, model_flops=forward,
             hbm_bytes=io_bytes + live * row_bytes, shape=shape, aside=lambda: Aside(scores * 5.0, io_bytes, saved()),
         )  # fmt: skip

@@ -17,10 +17,15 @@ from simulator.kernels.attention import Mask, Seen, Segment, mean_pairs
 from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum, tri, where
 from simulator.work import Aside, Op
 
+#: Bytes of fp32 scores that exist at once: engines score a long prefill piece by piece (vLLM envs.py,
+#: VLLM_SPARSE_INDEXER_MAX_LOGITS_MB).
+LOGITS_BYTES = 512.0 * 2**20
+
 
 def floors(n: Num, m: int) -> Count:
     """Sum over t = 1..n of floor(t / m) = m q (q - 1) / 2 + q (r + 1), q = floor(n / m), r = n mod m.
 
+    Between whole n (the mean of a run may end there) it is interpolated, so that parts of a run add up.
     Source: FORMULAS 1.13.
 
     >>> floors(10, 4)
@@ -28,7 +33,12 @@ def floors(n: Num, m: int) -> Count:
     """
     q = floor(n / m)
     r = n - q * m
-    return m * (q * (q - 1) * 0.5) + q * (r + 1)
+    return m * (q * (q - 1) * 0.5) + q * (r + 1) + maximum(r - (m - 1.0), 0.0)
+
+
+def whole(n: Num) -> Num:
+    """Largest integer not above `n`, forgiving the rounding of a mean that should be whole."""
+    return floor(n + 1e-6)
 
 
 def floors_capped(n: Num, m: int, k: int) -> Count:
@@ -58,7 +68,7 @@ class Columns:
         """All that lie on the columns of the new tokens: min(C, l) columns of the prefix, and the new tokens."""
         new, prefix = segment.new_tokens, segment.mean_prefix
         columns = minimum(new, self.stride)
-        keys = floor((prefix + new - 1) / self.stride) + 1
+        keys = whole((prefix + new - 1) / self.stride) + 1
         live = minimum(prefix / self.stride * columns, prefix) + new
         return Seen(mean_pairs(self, segment), live, keys)
 
@@ -82,14 +92,14 @@ class Summaries:
         """Whole blocks before, and the part of the own one."""
         block, columns = self.block, self.columns
         before = floors(maximum(n - 1.0, 0.0), block) * columns
-        whole = floor(n / block)
-        return before + whole * tri(float(columns)) + tri(maximum(n - whole * block - (block - columns), 0.0))
+        blocks = floor(n / block)
+        return before + blocks * tri(float(columns)) + tri(maximum(n - blocks * block - (block - columns), 0.0))
 
     def seen(self, segment: Segment) -> Seen:
         """The summaries of all blocks up to the new tokens' last."""
         end = segment.context
-        inside = end - floor(end / self.block) * self.block
-        keys = floor(end / self.block) * self.columns + maximum(inside - (self.block - self.columns), 0.0)
+        inside = end - whole(end / self.block) * self.block
+        keys = whole(end / self.block) * self.columns + maximum(inside - (self.block - self.columns), 0.0)
         return Seen(mean_pairs(self, segment), keys, keys)
 
     @property
@@ -181,7 +191,7 @@ class TopK:
 
     def seen(self, segment: Segment) -> Seen:
         """Live: at least one query's selection and the entries of the new tokens; all entries where none is dropped."""
-        end = floor(segment.context / self.every)
+        end = whole(segment.context / self.every)
         if self.k is None:
             return Seen(mean_pairs(self, segment), end, end)
         keys = minimum(end, float(self.k))
@@ -215,7 +225,7 @@ class Pooled:
 
     def entries(self, context: Tokens) -> Count:
         """Complete entries after `context` tokens."""
-        return maximum(floor((context - self.block) / self.stride) + 1, 0.0)
+        return maximum(whole((context - self.block) / self.stride) + 1, 0.0)
 
     @property
     def most(self) -> int | None:
@@ -239,15 +249,15 @@ class Blocks:
 
     def cumulative(self, n: Num) -> Count:
         """The own block as chunked attention, the others as capped floors."""
-        whole = floor(n / self.block)
-        own = whole * tri(float(self.block)) + tri(n - whole * self.block)
+        blocks = floor(n / self.block)
+        own = blocks * tri(float(self.block)) + tri(n - blocks * self.block)
         return own + self.block * floors_capped(maximum(n - 1.0, 0.0), self.block, self.k - 1)
 
     def seen(self, segment: Segment) -> Seen:
         """Live: at least one query's selection and the new tokens."""
         end, block = segment.context, self.block
-        inside = end - floor((end - 1) / block) * block
-        keys = inside + minimum(float(self.k - 1), floor((end - 1) / block)) * block
+        inside = end - whole((end - 1) / block) * block
+        keys = inside + minimum(float(self.k - 1), whole((end - 1) / block)) * block
         return Seen(mean_pairs(self, segment), minimum(end, maximum(keys, segment.new_tokens)), keys)
 
     @property
@@ -346,5 +356,5 @@ def index_scores(
         name, "index_scores", "", dtype.name, tensor_flops=flops, model_flops=flops, hbm_bytes=moved,
         shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "keys": seen.keys, "scored": scored,
                "heads": heads * 1.0, "head_dim": float(head_dim)},
-        aside=lambda: Aside(scored * (heads * (2.0 * times)), segment.tokens * seen.keys * 4.0),
+        aside=lambda: Aside(scored * (heads * (2.0 * times)), minimum(segment.tokens * seen.keys * 4.0, LOGITS_BYTES)),
     )  # fmt: skip

@@ -93,7 +93,7 @@ def waited(service_s: float, think_s: float, clients: float) -> float:
 
 
 def silicon(row: Measurement) -> Asked:
-    """The served runs of aiconfigurator: means under `batch` closed-loop clients, prompt `seq_len`, output `osl`.
+    """The served runs of aiconfigurator: means under closed-loop clients, prompt `seq_len`, output `osl`.
 
     Next token: one decode step of all clients, plus what the prefills of the others take from it, (b - 1) prefill / O.
     First token: a prefill behind those of the other clients of its replica, each away for its O next tokens (`waited`).
@@ -106,7 +106,7 @@ def silicon(row: Measurement) -> Asked:
         refuse("attention and expert degrees do not make the same number of GPUs")
     weight = dict(part.split("=") for part in row.dtype.split(";") if "=" in part)["moe"]
     model = _stored(spec(row.model), _WEIGHTS[weight])
-    prompt, output, clients = row.number("seq_len"), row.number("osl"), row.number("batch")
+    prompt, output, clients = row.number("seq_len"), row.number("osl"), _clients(row)
     _placed(model, layout, on)
 
     def answer(calibration: Calibration) -> Interval:
@@ -119,6 +119,19 @@ def silicon(row: Measurement) -> Asked:
         return fill.scaled(waited(fill.value, output * next_token.value, each) / fill.value)
 
     return Asked(float(row.value) * MS, "s", answer, on)
+
+
+def _clients(row: Measurement) -> float:
+    """Clients in all: `silicon_concurrency`, else the c of the run's name.  `batch` is per attention rank; where it is neither
+    that nor the whole, the run was on more GPUs than the row states.
+    """
+    stated = re.search(r"silicon_concurrency=(\d+)", row.other_inputs) or re.search(r"_c(\d+)_", row.table_or_section)
+    if stated is None:
+        refuse("the number of clients is not stated")
+    clients = float(stated[1])
+    if clients != row.number("batch") * float(row.inputs.get("attn_dp") or 1):
+        refuse("clients and batch do not agree: on how many replicas is not stated")
+    return clients
 
 
 def _stored(model: ModelSpec, weight: str) -> ModelSpec:
@@ -202,7 +215,7 @@ def cache_sizes(row: Measurement) -> Asked:
 def _sequence_bytes(row: Measurement) -> Asked:
     """GiB of one sequence's cache at `context_len`."""
     if not row.unit.startswith("GiB"):
-        refuse(f"{row.unit}: a bound, a rounded or a weight figure; tests/test_published.py compares it")
+        refuse(f"{row.unit}: a bound, a rounded figure or no cache of a sequence")
     name = "deepseek-ai/DeepSeek-V3" if row.source == "flashmla-readme" else row.model
     ours = float(spec(name).cache_bytes(row.number("context_len")))
     return Asked(float(row.value) * 2.0**30, "B", lambda _: Interval(ours, ours, ours, "analytic"))
