@@ -392,7 +392,7 @@ class Yarn:
     def interpolation(self, rotary_dim: int, theta: float, length: float) -> Pairs:  # noqa: ARG002
         """1 / (g / s + 1 - g), g the ramp from 0 (kept) to 1 (s times slower)."""
         low, high = self.ramp(rotary_dim, theta)
-        share = np.clip((np.arange(rotary_dim // 2) - low) / (high - low or 0.001), 0.0, 1.0)
+        share: Pairs = np.clip((np.arange(rotary_dim // 2) - low) / (high - low or 0.001), 0.0, 1.0)
         return 1 / (share / self.factor + 1 - share)
 
 

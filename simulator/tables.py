@@ -141,8 +141,9 @@ def print_models(document: dict[str, Any], console: Console) -> None:
         effective = entry["effective_tokens"]
         dense = entry["active_parameters"] == entry["parameters"]
         rows.append([
-            entry["name"], _billions(entry["parameters"]), "" if dense else _billions(entry["active_parameters"]), f"{entry['cache_bytes_per_token']:,.0f}", gib(entry["cache_bytes_128k"]),
-            gib(entry["cache_bytes_1m"]), _stretched(entry["declared_tokens"], entry["trained_tokens"]),
+            entry["name"], _billions(entry["parameters"]), "" if dense else _billions(entry["active_parameters"]),
+            f"{entry['cache_bytes_per_token']:,.0f}", gib(entry["cache_bytes_128k"]), gib(entry["cache_bytes_1m"]),
+            _stretched(entry["declared_tokens"], entry["trained_tokens"]),
             ("" if effective is None else ">= " if entry["effective_at_least"] else "") + _tokens(effective), entry["mixers"],
         ])  # fmt: skip
     columns = ["model", "params", "active", "B/token", "at 128K", "at 1M", "declared", "effective", "mixers"]
@@ -155,8 +156,8 @@ def print_models(document: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print()
     console.print(
-        "Declared (before scaling).  Cache of one sequence by architecture, in the checkpoint's format.  Effective: the published length a model was shown to use (RULER,\n"
-        "needles); empty where none is known here.", style="dim", highlight=False, soft_wrap=True,
+        "Cache of one sequence by architecture, in the checkpoint's format.  Declared: tokens (before rotary scaling).\n"
+        "Effective: the published length a model was shown to use (RULER, needles); empty where none is known here.", style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def compare_document(found: Sequence[Quantities], plans: Sequence[Plan | None], 
     for q, plan in zip(found, plans, strict=True):
         entry: dict[str, Any] = {
             "name": q.model.name, "parameters": q.parameters, "active_parameters": q.active, "mixers": compare.mixers(q.model),
-            "channels": compare.channels(q.model), "positions": compare.positions(q.model), "cache": q.model.cache.name,
+            "channels": compare.channels(q.model), "position_schemes": compare.positions(q.model), "cache": q.model.cache.name,
             "cache_bytes_per_token": q.cache_bytes_per_token, "cache_fixed_bytes": q.cache_fixed_bytes, "cache_bytes_per_sequence": q.cache_bytes,
             "prefill_flops": q.prefill_flops, "decode_flops": q.decode_flops, "decode_bytes": q.decode_bytes, **reach.document(q.model, q.context),
         }  # fmt: skip
