@@ -242,7 +242,7 @@ def launch_gathered(op: Op, gpu: Gpu) -> Launched:
     outputs = s["sequences"] * s["heads"] * s["tokens"] * (8.0 * (s["v_head_dim"] + 1))
     partials = where(splits > 1.0, outputs * splits, 0.0)
     return Launched(
-        op.tensor_flops * padded, op.exponentials * padded, op.hbm_bytes + again + partials, tiles * splits, gpu.units,
+        op.tensor_flops * padded, op.exponentials * padded, op.hbm_bytes + again + partials, maximum(tiles * splits, 1e-9), gpu.units,
         maximum(s["keys"] / splits, 1.0),
     )  # fmt: skip
 
@@ -254,7 +254,7 @@ def launch_index_scores(op: Op, gpu: Gpu) -> Launched:
     """
     s = op.shape
     rows = maximum(ceil(s["heads"] * s["tokens"] * (1 / PAD_M)), 1.0) * s["sequences"]
-    tiles = rows * maximum(ceil(s["keys"] * (1 / TILE_N)), 1.0)
+    tiles = maximum(rows, 1e-9) * maximum(ceil(s["keys"] * (1 / TILE_N)), 1.0)
     return Launched(op.tensor_flops, 0.0, op.hbm_bytes + 8.0 * s["scored"], tiles, gpu.units, s["head_dim"])
 
 
@@ -263,7 +263,7 @@ def launch_chunk_scan(op: Op, gpu: Gpu) -> Launched:
     s = op.shape
     chunks = ceil(s["tokens"] / s["chunk"])
     padded = chunks * s["chunk"] / maximum(s["tokens"], 1e-9)
-    return Launched(op.tensor_flops * padded, 0.0, op.hbm_bytes, s["sequences"] * s["heads"] * chunks, gpu.units, s["chunk"])
+    return Launched(op.tensor_flops * padded, 0.0, op.hbm_bytes, maximum(s["sequences"] * s["heads"] * chunks, 1e-9), gpu.units, s["chunk"])
 
 
 LAUNCHES |= {

@@ -89,7 +89,9 @@ class System:
         blocks = [later(*block) for block in self.model.kinds]
         tokens = self.layout.shard(self.model.embedding, segments).tokens
         embedding, head = later(self.model.embedding), later(self.model.head)
-        send = self.layout.pipeline.hand_over(tokens)
+        # hyper-connections hand their streams over, in the place of the residual and the block output
+        streams = self.model.streams
+        send = self.layout.pipeline.hand_over(tokens if streams == 1 else tokens * (streams / 2))
         works: list[Work] = []
         for stage in self.stages:
             parts: list[Work] = [
@@ -204,8 +206,8 @@ class System:
         return weights, cache
 
     def residual_bytes(self, step_tokens: Num) -> Bytes:
-        """The residual stream and the block output beside it: two tensors of T D."""
-        return step_tokens * (2 * self.model.hidden_size * BF16.bytes)
+        """The residual streams and the block output beside them: tensors of T D."""
+        return step_tokens * ((1 + self.model.streams) * self.model.hidden_size * BF16.bytes)
 
     def activation_bytes(self, step_tokens: Num) -> Bytes:
         """The most activations held in one step of `step_tokens`: the residual stream and the widest op of any layer.
