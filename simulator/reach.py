@@ -113,9 +113,10 @@ def warnings(model: ModelSpec, context: int) -> list[str]:
             f"the engine needs an override (see launch) and the answers' quality there is not claimed by anyone"
         )
     if shown is not None and context > shown.tokens:
-        limit = "was not tried" if shown.at_least else "fell below it"
+        limit = "longer contexts were not tried" if shown.at_least else "at longer ones its score fell below the threshold"
         found.append(
-            f"{model.name} was shown to use {shown.show()} tokens effectively ({shown.measure}: {shown.scores}); beyond that it {limit}: {shown.source_url}"
+            f"{model.name} was shown to use {shown.show()} tokens effectively ({shown.measure}: {shown.scores}); "
+            f"{limit}: {shown.source_url}"
         )
     return found
 

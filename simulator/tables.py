@@ -157,7 +157,8 @@ def print_models(document: dict[str, Any], console: Console) -> None:
     console.print()
     console.print(
         "Cache of one sequence by architecture, in the checkpoint's format.  Declared: tokens (before rotary scaling).\n"
-        "Effective: the published length a model was shown to use (RULER, needles); empty where none is known here.", style="dim", highlight=False, soft_wrap=True,
+        "Effective: the published length a model was shown to use (RULER, needles); empty where none is known here.",
+        style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def print_compare(document: dict[str, Any], found: Sequence[Quantities], plans: 
         told: list[tuple[str, Callable[[Plan], str]]] = [
             ("fits", lambda p: "yes" if p.fits else "no"), ("layout", lambda p: str(p.best.layout)),
             ("max concurrency", lambda p: f"{float(p.best.capacity.concurrency * p.best.capacity.replicas):.1f}"),
-            ("smallest cluster", lambda p: f"{p.smallest_gpus} GPUs" if p.smallest_gpus else "none"),
+            ("smallest cluster", lambda p: f"{p.smallest_gpus} GPU{'s' if p.smallest_gpus > 1 else ''}" if p.smallest_gpus else "none"),
             ("TTFT, cold", lambda p: show(p.service.cold.seconds) if p.service else ""),
             ("TPOT", lambda p: show(p.service.decode.seconds) if p.service else ""),
             ("$ per request", lambda p: show(p.service.usd_per_request, "$") if p.service and p.service.usd_per_request else ""),
