@@ -7,9 +7,10 @@ is reported and fails the calibration.
 
 from __future__ import annotations
 
+import csv
 import datetime
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,13 @@ def stacked(ops: Sequence[Op]) -> Op:
 
 
 def gather(folder: Path, *, regime: str = "steady") -> tuple[Gpu, dict[Family, Rows]]:
-    """The rows of a folder by family.  Rows with inputs in the L2 cache are left out."""
-    files = sorted(file for file in folder.glob("*.csv") if "counters" not in file.name)
+    """The rows of a folder by family, of each case the newest.  Rows with inputs in the L2 cache are left out."""
+    files = sorted(file for file in folder.glob("*.csv") if "counters" not in file.name and file.name != "quality.csv")
     if not files:
         message = f"{folder}: holds no run; measure with `longctx bench --out {folder}` first"
         raise ValueError(message)
     parts: set[str] = set()
-    found: dict[Family, list[tuple[Case, float]]] = defaultdict(list)
+    found: dict[Family, dict[Case, float]] = defaultdict(dict)
     for file in files:
         facts, rows = read(file)
         parts.add(facts.get("gpu", "unknown"))
@@ -89,14 +90,14 @@ def gather(folder: Path, *, regime: str = "steady") -> tuple[Gpu, dict[Family, R
             which = case_of(row)
             if which.regime == regime and row["l2"] == "cold" and which.kernel not in UNFITTED and which.impl != "math":
                 op = module_of(which.kernel).op(which)
-                found[op.family].append((which, float(row["p50_s"])))
+                found[op.family][which] = float(row["p50_s"])
     if len(parts) > 1:
         message = f"{folder}: runs of several GPUs ({', '.join(sorted(parts))}); give each its own folder"
         raise ValueError(message)
     part = gpu(next(iter(parts)))
     return part, {
-        family: Rows(family, tuple(c for c, _ in pairs), np.array([s for _, s in pairs]), tuple(c.held for c, _ in pairs))
-        for family, pairs in found.items()
+        family: Rows(family, tuple(measured), np.array(list(measured.values())), tuple(c.held for c in measured))
+        for family, measured in found.items()
     }  # fmt: skip
 
 
@@ -236,16 +237,13 @@ def spread(error: Array, held: Any) -> float:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a calibration found: constants with sigma by family, and their quality."""
+    """What a calibration found: constants with sigma by family, their quality, rows that beat their bound, and every row's error."""
 
     gpu: Gpu
     families: dict[Family, Constants]
     quality: list[Quality]
     beaten: list[str]
-
-    def calibration(self, common_sigma: float = 0.03) -> Calibration:
-        """As the time side uses it."""
-        return Calibration(self.gpu.name, self.families, common_sigma, f"{self.gpu.name}: measured")
+    points: list[dict[str, object]]
 
 
 def calibrate(folder: Path) -> Profile:
@@ -255,6 +253,7 @@ def calibrate(folder: Path) -> Profile:
     constants: dict[Family, Constants] = {}
     quality: list[Quality] = []
     beaten: list[str] = []
+    points: list[dict[str, object]] = []
     heat = heat_of(folder, part)
     for family, rows in families.items():
         if len(rows.cases) < LEAST_ROWS:
@@ -269,7 +268,11 @@ def calibrate(folder: Path) -> Profile:
         sharp = residuals_of(rows, error).sharpened(rows.op, error)
         quality += judge(rows, error, sharp, sigma)
         beaten += beats(rows, machine)
-    return Profile(part, constants, quality, beaten)
+        points += [
+            {"kernel": " ".join(filter(None, family)), "shape": c.extents, "held": c.held or "fitted", "measured_s": float(t), "error": float(np.expm1(e))}
+            for c, t, e in zip(rows.cases, rows.seconds, error, strict=True)
+        ]
+    return Profile(part, constants, quality, beaten, points)
 
 
 def beats(rows: Rows, machine: Cluster) -> list[str]:
@@ -278,20 +281,33 @@ def beats(rows: Rows, machine: Cluster) -> list[str]:
     return [f"{c.key}: {s:.3g} s, bound {b:.3g} s" for c, s, b in zip(rows.cases, rows.seconds, bound, strict=True) if s < b]
 
 
-def write(profile: Profile, file: Path, *, defaults: Mapping[tuple[str, str], str], common_sigma: float, runs: Iterable[str]) -> None:
-    """The profile as TOML.  `defaults` names the implementation that stands for a (kernel, dtype) nobody chose one for."""
-    lines = [
-        f'description = "{profile.gpu.name}: measured {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"',
-        f"common_sigma = {common_sigma}", f"runs = {list(runs)!r}".replace("'", '"'), "",
-    ]  # fmt: skip
-    for family, constants in profile.families.items():
-        kernel, impl, dtype = family
+#: The implementation that stands for a kernel whose implementation nobody names: the fastest measured that engines use or resemble.
+STANDS_FOR = {
+    ("attention", "bf16"): "cudnn", ("attention_backward", "bf16"): "cudnn", ("decode_attention", "bf16"): "triton",
+    ("decode_attention", "fp8"): "triton", ("elementwise", "bf16"): "copy", ("grouped_gemm", "bf16"): "cutlass",
+}  # fmt: skip
+
+
+def write(profile: Profile, folder: Path) -> None:
+    """constants.toml (the profile) and quality.csv (how well it predicts) in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    lines = [f'description = "{profile.gpu.name}: measured, fitted {today}"', f"common_sigma = {COMMON_SIGMA}", ""]
+    for (kernel, impl, dtype), constants in profile.families.items():
         lines += _table(kernel, impl, dtype, constants)
-        if defaults.get((kernel, dtype)) == impl:
-            note = replace(constants, source=f"{impl} stands for it: {constants.source}")
-            lines += _table(kernel, "", dtype, note)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines), encoding="utf-8")
+        if impl and STANDS_FOR.get((kernel, dtype)) == impl:
+            lines += _table(kernel, "", dtype, replace(constants, source=f"{impl} stands for it: {constants.source}"))
+    (folder / "constants.toml").write_text("\n".join(lines), encoding="utf-8")
+    names = ("rows", "median", "p90", "signed", "median_with_table", "p90_with_table", "inside")
+    with (folder / "quality.csv").open("w", encoding="utf-8", newline="") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(("kernel", "impl", "dtype", "held", *names, "worst"))
+        for q in profile.quality:
+            table.writerow((*q.family, q.held, *(f"{getattr(q, n):.4g}" for n in names), q.worst))
+
+
+#: What all ops of a machine share: two cards of one kind, measured a few minutes apart, differed by 3 % in sustained products.
+COMMON_SIGMA = 0.03
 
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
@@ -300,3 +316,24 @@ def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str
     values = [f"{n} = {getattr(constants, n)!r}" for n in named if getattr(constants, n) != getattr(plain, n) or n in FREE.get(kernel, ())]
     return ["[[family]]", f'kernel = "{kernel}"', f'impl = "{impl}"', f'dtype = "{dtype}"', *values, f'basis = "{constants.basis}"',
             f'source = "{constants.source}"', ""]  # fmt: skip
+
+
+def draw(profile: Profile, folder: Path) -> Path:
+    """residuals.html: predicted over measured for every row, by kernel and kind of row."""
+    import altair  # noqa: PLC0415 (an extra)
+    import pandas as pd  # noqa: PLC0415
+
+    frame = pd.DataFrame(profile.points)
+    chart = (
+        altair.Chart(frame, width=560, height=180)
+        .mark_circle(opacity=0.6)
+        .encode(
+            x=altair.X("measured_s:Q", scale=altair.Scale(type="log"), title="measured, s"),
+            y=altair.Y("error:Q", axis=altair.Axis(format="%"), title="predicted / measured - 1"),
+            color=altair.Color("held:N", title="held out for"), tooltip=["kernel", "shape", "measured_s", "error"],
+        )
+        .facet(row=altair.Row("kernel:N", title=None))
+    )  # fmt: skip
+    file = folder / "residuals.html"
+    chart.save(str(file))
+    return file

@@ -105,11 +105,25 @@ def user_folder() -> Path:
 
 @cache
 def _load(gpu: Gpu) -> Calibration:
-    for folder, whose in ((user_folder(), "yours"), (data_path("calibration"), "shipped")):
-        file = folder / gpu.name / "constants.toml"
-        if file.is_file():
-            return read_profile(file, gpu.name, whose)
-    return _assumed(gpu)
+    assumed = _assumed(gpu)
+    for name, title in ((gpu.name, ""), (gpu.borrows, f"{gpu.name} borrows the shape of ")):
+        for folder, whose in ((user_folder(), "yours"), (data_path("calibration"), "shipped")):
+            file = folder / name / "constants.toml"
+            if name and file.is_file():
+                found = read_profile(file, gpu.name, whose)
+                families = found.families if not title else {f: _borrowed(c, name) for f, c in found.families.items()}
+                # what was not measured keeps its prior
+                return replace(found, families={**assumed.families, **families}, description=title + found.description)
+    return assumed
+
+
+#: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.
+BORROWED_SIGMA = 0.10
+
+
+def _borrowed(constants: Constants, lender: str) -> Constants:
+    """Another GPU's constants: shares of this one's peaks, wider and analytic."""
+    return replace(constants, sigma=math.hypot(constants.sigma, BORROWED_SIGMA), basis="analytic", source=f"borrowed from {lender}: {constants.source}")
 
 
 def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str = "") -> Calibration:

@@ -83,7 +83,27 @@ output_options = _options(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Verbs(click.Group):
+    """Our own verbs, and those that installed packages add under the entry points `longctx.verbs` (bench, calibrate)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        from importlib.metadata import entry_points
+
+        return sorted({*super().list_commands(ctx), *(point.name for point in entry_points(group="longctx.verbs"))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One of ours, else one that is added."""
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            from importlib.metadata import entry_points
+
+            for point in entry_points(group="longctx.verbs", name=cmd_name):
+                found = point.load()
+        return found
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="longctx")
 def main() -> None:
     """What a long context costs, before a GPU is rented."""

@@ -20,8 +20,8 @@ from simulator.work import Group, Op
 TILE_M, TILE_N, PAD_M = 128.0, 128.0, 64.0
 #: Outputs one SM holds in a wave of a large product, and the reads of a real raster over those of a square one.
 WAVE_TILE, RASTER = 128.0 * 256.0, 1.2
-#: The share of the L2 cache that holds a head's keys and values against everything else that passes.
-L2_SHARE = 0.9
+#: How many L2 caches of keys and values a head has when every second sweep misses.
+HALF_MISSED = 2.13
 #: Heads wider than this have tiles of their own.
 WIDE_HEAD = 192
 
@@ -78,8 +78,9 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     executed pairs = C' (pairs / C + (B_M - 1) / 2 where the edge is masked), C' = C rounded up to tiles: exact for causal
     chunks aligned to tiles.
     Every query tile sweeps its head's keys and values.  They come from the L2 cache while a head's K and V fit in it; of a
-    larger head a cyclic sweep misses the share 1 - L2 / x, x = bytes of K and V that one key-value head reads: DRAM counters on
-    an H200 show 1 %, 17 %, 50 % and 72 % at 34, 67, 134 and 268 MB.  At a million tokens this, not the tensor cores, binds.
+    larger head sweeps miss more and more: x^2 / (1 + x^2), x = bytes of K and V that one key-value head reads / 2.13 L2.  DRAM
+    counters on an H200 show 1 %, 17 %, 50 % and 72 % at 34, 67, 134 and 268 MB (5, 20, 50, 80 here; a formula without a kink,
+    because runs of chunks stand for their means).  At a million tokens this, not the tensor cores, binds.
     Backward walks key tiles and keeps them; it adds fp32 sums of dQ (written, read, converted) and, for grouped heads, dK and dV
     per query head.  Source: FORMULAS 1.2, 3.3; data/calibration/h200_sxm.
     """
@@ -100,7 +101,8 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
         return Launched(flops, executed, op.hbm_bytes + sums, tiles, gpu.units, depth, variant)
     swept = depth * s["row_bytes"] / s["kv_heads"]
     head = live / sequences * s["row_bytes"] / s["kv_heads"]
-    missed = maximum(1.0 - (L2_SHARE * gpu.l2_bytes) / head, 0.0)
+    excess = head * (1.0 / (HALF_MISSED * gpu.l2_bytes))
+    missed = excess * excess / (1.0 + excess * excess)
     again = tiles * swept * missed
     return Launched(executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant)
 
@@ -216,7 +218,7 @@ def fills(launched: Launched, split: Num, wave: Num) -> Num:
     until the machine is full, and the last wave is partly empty.  Waves do not step on a machine at its power limit: what a
     part-filled wave saves in power the others gain in clock.
     """
-    ratio = launched.slots / (launched.tiles * split)
+    ratio = launched.slots / maximum(launched.tiles * split, 1e-9)
     return 1.0 / (maximum(ratio, 1.0) + ratio * wave)
 
 

@@ -87,7 +87,11 @@ class Clock:
             deep = (1 + constants.depth_half / maximum(launched.depth, 1e-9)) / (peak * constants.tensor)
             compute = launched.tensor_flops * deep
             if type(launched.exponentials) is not float or launched.exponentials:
-                compute = compute + launched.exponentials * (1 / (gpu.sfu_per_s * constants.special))
+                special = launched.exponentials * (1 / (gpu.sfu_per_s * constants.special))
+                if constants.power:
+                    compute = compute + special
+                else:  # perfect overlap
+                    parts.append(special * slow)
             parts.append(compute * slow)
             if constants.sustained:
                 power = op.tensor_flops * (1 / (peak * constants.sustained))

@@ -229,16 +229,15 @@ def test_3_6_a_large_product_reads_each_operand_once_at_least() -> None:
     assert op.hbm_bytes <= launch(op, machine("h100").gpu).hbm_bytes < 13_019_119_616
 
 
-def test_3_7_waves_step_or_do_not() -> None:
-    def filled(tiles: float, blend: float) -> float:
-        return fills(Launched(0.0, 0.0, 0.0, tiles, 132.0, 1.0), blend)
+def test_3_7_tiles_are_cut_until_the_machine_is_full_and_the_last_wave_costs() -> None:
+    def filled(tiles: float, split: float, wave: float) -> float:
+        return fills(Launched(0.0, 0.0, 0.0, tiles, 132.0, 1.0), split, wave)
 
-    assert filled(2048.0, 1.0) == pytest.approx(0.96970, rel=1e-5)
-    assert filled(132.0, 1.0) == 1
-    assert filled(133.0, 1.0) == pytest.approx(133 / 264)
-    assert filled(133.0, 0.0) == 1
-    assert filled(66.0, 0.0) == filled(66.0, 1.0) == 0.5
-    assert filled(133.0, 0.5) == pytest.approx((1 + 133 / 264) / 2)
+    assert filled(132.0, 1.0, 0.0) == filled(133.0, 1.0, 0.0) == filled(2048.0, 1.0, 0.0) == 1
+    assert filled(66.0, 1.0, 0.0) == 0.5
+    assert filled(33.0, 4.0, 0.0) == 1
+    assert filled(1320.0, 1.0, 1.0) == pytest.approx(10 / 11)
+    assert filled(13.2, 1.0, 1.0) == pytest.approx(1 / 20)
 
 
 # ---- PyTorch's counter
