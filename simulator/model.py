@@ -8,10 +8,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from simulator.dtypes import C_BF16, CacheFormat, WeightFormat
+from simulator.dtypes import C_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.layers.embedding import Embedding, Head
 from simulator.layers.layer import ARCHITECTURE, Kept, Layer, Mixer, StateRules, is_mixer, parameters, weight_bytes
+from simulator.position import Encoding
 from simulator.units import Bytes, Count, Num
 
 Block = tuple[Layer, ...]
@@ -21,12 +22,13 @@ Block = tuple[Layer, ...]
 class Reach:
     """How far a model claims to read: `declared_tokens` by its config, `trained_tokens` before its rotary scaling.
 
-    `rope` is what the config says of rotary scaling, as it says it.
+    `rope` is what the config says of rotary scaling, as it says it; `encoding` what that means.
     """
 
     declared_tokens: int | None = None
     trained_tokens: int | None = None
     rope: dict[str, object] = field(default_factory=dict)
+    encoding: Encoding = Encoding()
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,15 @@ class ModelSpec:
         return total
 
     def constant(self, cache: CacheFormat | None = None, rules: StateRules = ARCHITECTURE) -> Bytes:
-        """Bytes of a sequence that stop growing: windows, states, tails."""
+        """Bytes of a sequence that stop growing: windows, states, tails, what a residual window takes beyond stored rows."""
         total: Bytes = 0.0
         for count, layer in self.mixers:
             for item in layer.kept(layer.whole(_NOTHING), rules):
+                stored = cache or self.cache
                 if not item.grows and item.cycle is None:
-                    total = total + count * item.bytes(1e18, cache or self.cache, rules)
+                    total = total + count * item.bytes(1e18, stored, rules)
+                elif item.grows and item.dtype is None:
+                    total = total + count * stored.residual_bytes(item.row)
         return total
 
     def cache_slope(self, context: Num, cache: CacheFormat | None = None) -> Bytes:
@@ -151,6 +156,11 @@ class ModelSpec:
     def rows(self) -> list[tuple[int, Mixer, Kept]]:
         """Everything kept, by kind of mixer: count, layer, item."""
         return [(count, layer, item) for count, layer in self.mixers for item in layer.kept(layer.whole(_NOTHING))]
+
+    def cache_rows(self) -> list[CacheRow]:
+        """The distinct rows that the cache's format stores."""
+        kept = [item for _, layer in self.mixers for item in layer.kept(layer.whole(_NOTHING)) if item.dtype is None]
+        return list(dict.fromkeys(item.row for item in kept))
 
     def with_formats(self, *, weight: WeightFormat | None = None, cache: CacheFormat | None = None) -> ModelSpec:
         """The same architecture stored otherwise: linear layers in `weight`, embeddings and head untouched."""

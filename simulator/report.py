@@ -136,17 +136,8 @@ def _needed(plan: Plan) -> float:
     return float(each * capacity.per_sequence_bytes)
 
 
-def _engine_cache(capacity: Capacity, layout: Any) -> dict[str, Any]:
-    ranks = float(layout.tp * layout.pp)
-    return {
-        "bytes_per_sequence": float(capacity.per_sequence_bytes) * ranks,
-        "bytes_per_sequence_per_gpu": float(capacity.per_sequence_bytes), "capacity_tokens": capacity.tokens,
-        "max_concurrency": float(capacity.concurrency), "replicas": int(capacity.replicas), "log": list(capacity.log_lines),
-    }  # fmt: skip
-
-
-def size_document(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `size`; times and prices are null where nothing fits."""
+def size_document(plan: Plan, inputs: dict[str, Any], engines: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `size`; times and prices are null where nothing fits; `engines` as every engine answers for the chosen layout."""
     model, capacity, service = plan.model, plan.best.capacity, plan.service
     context = float(plan.request.context)
     slope = float(model.cache_slope(context))
@@ -165,7 +156,7 @@ def size_document(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
         "memory_bytes_per_gpu": _memory(capacity, _needed(plan)),
         "cache": {
             "bytes_per_token": slope, "fixed_bytes": total - slope * context, "bytes_per_sequence": total,
-            "engines": {"vllm": _engine_cache(capacity, plan.best.layout)},
+            "engines": engines,
         },
         "max_context_tokens": plan.longest.longest,
         "max_context_layout": str(plan.longest.layout),
@@ -289,6 +280,13 @@ def _print_cache(plan: Plan, console: Console) -> None:
         ["architecture", f"{slope:,.0f} B", gib(fixed) if fixed else "0", gib(total)],
         [f"vLLM {plan.engine.version} ({plan.best.layout})", f"{allocated / context:,.0f} B", "", gib(allocated)],
     ]
+    from simulator import tables  # noqa: PLC0415 (it builds on this module)
+
+    others = tables.engines(model, plan.best.layout, plan.cluster, plan.request.context)
+    rows += [
+        [f"{held['title']} {held['version']}", f"{held['bytes_per_sequence'] / context:,.0f} B", "", gib(held["bytes_per_sequence"])]
+        for name, held in others.items() if name != "vllm" and "refused" not in held
+    ]  # fmt: skip
     _table(console, "Cache of one sequence", ["counted", "per token", "fixed", "at the asked context"], rows)
     if allocated > 1.02 * total > 0:
         console.print(f"  vLLM holds {allocated / total:.2f} x the architecture's bytes: copies of the cache over ranks, whole blocks, tokens in flight")
@@ -423,8 +421,10 @@ _KEEPS = {
 }  # fmt: skip
 
 
-def kv_document(model: ModelSpec, context: int, capacity: Capacity, layout: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `kv`."""
+def kv_document(
+    model: ModelSpec, context: int, engines: dict[str, Any], inputs: dict[str, Any], warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The keys of `kv`; `engines` as every engine answers."""
     slope, total = float(model.cache_slope(float(context))), float(model.cache_bytes(float(context)))
     layers = []
     for count, layer, item in model.rows():
@@ -434,8 +434,8 @@ def kv_document(model: ModelSpec, context: int, capacity: Capacity, layout: Any,
             "stored_tokens": stored, "bytes_per_sequence": count * held,
         })  # fmt: skip
     return {
-        **_head(inputs, model.warnings), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
-        "bytes_per_sequence": total, "layers": layers, "engines": {"vllm": _engine_cache(capacity, layout)},
+        **_head(inputs, [*model.warnings, *warnings]), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
+        "bytes_per_sequence": total, "layers": layers, "engines": engines,
     }  # fmt: skip
 
 
@@ -456,17 +456,6 @@ def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: 
         for entry in document["layers"]
     ]
     _table(console, "By kind of layer", ["layers", "kernel", "keeps", "row", "rows kept", "per sequence"], rows)
-    engine = document["engines"]["vllm"]
-    if not engine["capacity_tokens"]:
-        console.print(
-            f"vLLM on {document['inputs']['gpus']} x {document['inputs']['gpu']} as {document['inputs']['layout']} would not start: weights and "
-            "activations leave no room for a cache; give more GPUs (--tp 8)", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        return
-    machine = f"{document['inputs']['gpus']} x {document['inputs']['gpu']}"
-    console.print(f"vLLM on {machine}: {gib(engine['bytes_per_sequence_per_gpu'])} per GPU for one sequence", highlight=False)
-    for line in engine["log"]:
-        console.print(f"  {line}", highlight=False)
 
 
 # ---- estimate and kernel

@@ -24,6 +24,7 @@ import simulator
 from simulator.data import data_path
 from simulator.dtypes import CACHE_FORMATS, WEIGHT_FORMATS
 from simulator.engines import REGISTRY as ENGINES
+from simulator.engines import SCHEDULED
 from simulator.kernels.attention import Segment
 from simulator.layers import REGISTRY as LAYERS
 from simulator.layers.layer import Module
@@ -148,7 +149,10 @@ def test_a_scheme_offers_what_a_scheme_offers(scheme: type) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_offers_what_an_engine_offers(name: str) -> None:
     engine = ENGINES[name]()
-    for method in ("host", "capacity", "footprint", "longest", "refusals", "command"):
+    assert engine.name == name
+    assert engine.title
+    methods = ("allocation", *(("host", "capacity", "footprint", "longest", "refusals", "command", "warnings") if name in SCHEDULED else ()))
+    for method in methods:
         assert callable(getattr(engine, method)), method
 
 

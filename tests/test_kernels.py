@@ -331,14 +331,14 @@ def test_the_width_of_a_weight_changes_bytes_and_not_flops(name: str) -> None:
     assert few.hbm_bytes == 64 * 2048 * fmt.activation.bytes + 8 * 4096 * 2048 * fmt.bytes_per_element + 64 * 4096 * 2
 
 
-@pytest.mark.parametrize("name", [n for n, f in CACHE_FORMATS.items() if not f.latent_only])
+@pytest.mark.parametrize("name", [n for n, f in CACHE_FORMATS.items() if f.latent_width is None])
 def test_the_width_of_a_cache_changes_bytes_and_not_flops(name: str) -> None:
     segment = Segment(4.0, 1.0, 8191.0, split_kv=True)
     plain, other = (core(segment, cache=CACHE_FORMATS[n]) for n in ("bf16", name))
     assert other.tensor_flops == plain.tensor_flops
     assert other.exponentials == plain.exponentials
-    rows = 4 * 8192 * 8 * 2 * 128
-    assert plain.hbm_bytes - other.hbm_bytes == rows * (2 - CACHE_FORMATS[name].bits / 8)
+    row = CacheRow(8 * 2 * 128.0, vectors=16.0)
+    assert plain.hbm_bytes - other.hbm_bytes == pytest.approx(4 * 8192 * (CACHE_FORMATS["bf16"].row_bytes(row) - CACHE_FORMATS[name].row_bytes(row)))
 
 
 def test_a_latent_cache_in_fp8_is_read_at_656_bytes_a_token() -> None:

@@ -221,7 +221,7 @@ def test_an_fp8_cache_is_half_of_a_bf16_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in MAIN if "DeepSeek" not in n and "Kimi" not in n])
 def test_a_format_made_for_latents_is_refused_elsewhere(name: str) -> None:
-    with pytest.raises(ValueError, match="fp8_ds_mla.*only for models with a latent cache.*use fp8"):
+    with pytest.raises(ValueError, match="fp8_ds_mla.*stores latents of 512 and the model keeps keys and values by head; use fp8"):
         with_formats(model(name), None, "fp8_ds_mla")
 
 

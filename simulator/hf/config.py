@@ -12,7 +12,8 @@ from simulator.hf.channels import channel
 from simulator.hf.formats import Formats
 from simulator.hf.keys import MAX_LAYERS, Config, Keys, with_defaults
 from simulator.hf.mixers import READERS, layout, mixer
-from simulator.layers import Embedding, Head, HyperConnection, LatentAttention, Layer
+from simulator.hf.position import encoding
+from simulator.layers import Embedding, Head, HyperConnection, Layer
 from simulator.layers.layer import is_mixer
 from simulator.model import Block, ModelSpec, Reach
 
@@ -157,7 +158,7 @@ def _reach(keys: Keys) -> Reach:
         rope.setdefault("rope_theta", keys.get("rope_theta"))
     if chunks:
         rope["dual_chunk_attention_config"] = dict(chunks)
-    return Reach(declared, trained or None, rope)
+    return Reach(declared, trained or None, rope, encoding(keys))
 
 
 def with_formats(model: ModelSpec, weights: str | None, cache: str | None) -> ModelSpec:
@@ -165,8 +166,8 @@ def with_formats(model: ModelSpec, weights: str | None, cache: str | None) -> Mo
     changed = model.with_formats(
         weight=weight_format(weights) if weights else None, cache=cache_format(cache) if cache else None
     )
-    latent = all(isinstance(layer, LatentAttention) for _, layer in model.mixers)
-    if changed.cache.latent_only and not latent:
-        message = f"cache format {cache}: only for models with a latent cache (MLA); use fp8 or bf16 for {model.name}"
+    refused = changed.cache.refusal(changed.cache_rows())
+    if refused:
+        message = f"cache format {changed.cache.name}: {refused} for {model.name}"
         raise ValueError(message)
     return replace(changed, quantization=weights) if weights else changed

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from simulator.dtypes import BF16, C_BF16, CacheFormat, DType
+from simulator.dtypes import BF16, C_BF16, CacheFormat, CacheRow, DType
 from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum, tri, where
 from simulator.work import Aside, Op
 
@@ -286,7 +286,7 @@ def attention(
     scores = heads * (segment.sequences * seen.pairs)
     forward = scores * (2.0 * (d_k + d_v))
     kept = d_k if shared_kv else d_k + d_v
-    row_bytes = kv_heads * (kept * ((cache.bits + cache.scale_bits / cache.block) / 8))
+    row_bytes = cache.row_bytes(CacheRow(kv_heads * kept, vectors=kv_heads * (1 if shared_kv else 2)))
     io_bytes = tokens * heads * ((d_k + d_v) * dtype.bytes)
     shape = {
         "sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": d_k,

@@ -82,7 +82,7 @@ class Attention(Remembers):
         if self.mask.most == 0 or self.shares_cache:
             return ()
         most = self.mask.most if self.second_mask is None or self.second_mask.most is not None else None
-        return (Kept(Keep.ROWS, CacheRow(self._kept_width(held)), most=most),)
+        return (Kept(Keep.ROWS, CacheRow(self._kept_width(held), vectors=held.kv_heads * (1 if self.shared_kv else 2)), most=most),)
 
     @property
     def splits(self) -> tuple[Split, ...]:

@@ -115,8 +115,8 @@ class Kept:
     def bytes(self, context: Num, cache: CacheFormat, rules: StateRules | None = None) -> Bytes:
         """Bytes kept of a sequence of `context` tokens."""
         dtype = rules.dtype_of(self) if rules is not None else self.dtype
-        row = cache.row_bytes(self.row) if dtype is None else (self.row.elements + self.row.rope) * dtype.bytes
-        return self.rows(context, rules) * row
+        rows = self.rows(context, rules)
+        return cache.bytes(rows, self.row) if dtype is None else rows * ((self.row.elements + self.row.rope) * dtype.bytes)
 
     def rate(self, context: Num) -> Num:
         """Rows per token at `context`, in the mean: 1 / every, nothing once `most` are there or for what comes and goes."""
