@@ -78,13 +78,14 @@ def case(kernel: str, impl: str, dtype: str, *, regime: str = "steady", **shape:
 class Prepared:
     """A case ready to run: `run(i)` launches it on the i-th of `sets` input sets.
 
-    `graphable`: it may be captured in a CUDA graph.  `hot`: its inputs stay in the L2 cache.  `peak_bytes`: the most memory
+    `graphable`: it may be captured in a CUDA graph; `captured`: it always is, however long, because engines do.  `hot`: its inputs stay in the L2 cache.  `peak_bytes`: the most memory
     one launch held, where the case measured that.
     """
 
     run: Callable[[int], Any]
     sets: int = 1
     graphable: bool = True
+    captured: bool = False
     hot: bool = False
     peak_bytes: float = 0.0
 

@@ -64,7 +64,9 @@ def measure(prepared: Prepared, device: Any, regime: Regime, sensors: Sensors) -
     prepared.run(0)
     once = _between(lambda: prepared.run(prepared.sets - 1))
     launches, per = (lambda: prepared.run(0)), 1
-    if prepared.graphable and once < GRAPH_BELOW_S * 2:
+    if prepared.captured:
+        launches, per = _captured(prepared, prepared.sets).replay, prepared.sets
+    elif prepared.graphable and once < GRAPH_BELOW_S * 2:
         rough = max(_between(lambda: [prepared.run(i % prepared.sets) for i in range(32)]) / 32, 1e-6)
         if rough < GRAPH_BELOW_S:
             wanted = int(min(max(GRAPH_S / rough, prepared.sets), MOST_CAPTURES))

@@ -87,16 +87,14 @@ def op(which: Case) -> Op:
 
 def prepare(which: Case, device: Any) -> Prepared:
     """Build the layer or model, run it once and note the most memory it held."""
-    _, _, phase = which.impl.partition(".")
     run = build(which, device)
-    graphable = phase == "decode"
     if device.type == "cuda":
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     run()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return Prepared(lambda _: run(), 1, graphable=graphable, peak_bytes=float(peak))
+    return Prepared(lambda _: run(), 4 if which.impl.endswith("decode") else 1, captured=True, peak_bytes=float(peak))
 
 
 def build(which: Case, device: Any) -> Callable[[], Any]:
@@ -203,8 +201,7 @@ class Block:
         h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
         qkv = x @ self.qkv.t()
         if mixer.qk_norm:
-            heads = qkv.view(-1, h + 2 * g, d)[:, : h + g]
-            heads.copy_(torch.nn.functional.rms_norm(heads, (d,), self.head_norm, EPS))
+            self.kernels.head_norm(qkv, self.head_norm, h + g, d, EPS)
         self.kernels.rotary(qkv, self.rope, self.positions, h + g, d)
         self.kernels.write_cache(qkv[:, h * d :], self.slots, *self.cache)
         if self.new == 1:

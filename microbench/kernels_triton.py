@@ -82,6 +82,18 @@ def _rotary(
 
 
 @triton.jit
+def _head_norm(x, weight, row_stride, eps, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr):
+    head = tl.arange(0, HEADS_PAD)[:, None]
+    column = tl.arange(0, DIM)[None, :]
+    mask = head < HEADS
+    place = x + tl.program_id(0).to(tl.int64) * row_stride + head * DIM + column
+    value = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / DIM + eps)
+    gain = tl.load(weight + column).to(tl.float32)
+    tl.store(place, (value * scale[:, None] * gain).to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _activation(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -285,6 +297,12 @@ def rotary(x: Any, table: Any, positions: Any, heads: int, head_dim: int, *, inv
         x, table, positions, x.stride(0), -1.0 if inverse else 1.0,
         HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), HALF=head_dim // 2, num_warps=4,
     )  # fmt: skip
+
+
+def head_norm(x: Any, weight: Any, heads: int, head_dim: int, eps: float = 1e-5) -> None:
+    """RMS norm of each of the first `heads` heads of a row, in place."""
+    pad = triton.next_power_of_2(heads)
+    _head_norm[(x.shape[0],)](x, weight, x.stride(0), eps, HEADS=heads, HEADS_PAD=pad, DIM=head_dim, num_warps=4)
 
 
 def activation(gate_up: Any, out: Any) -> None:

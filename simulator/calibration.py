@@ -25,17 +25,26 @@ Family = tuple[str, str, str]
 class Constants:
     """Constants of one family of ops.
 
-    tensor, special, memory: shares of peak attained at saturation.  depth_half: trip count of a tile's inner loop at
-    half of it.  wave: 1 stepped, 0 smooth.  launch_s: the op's own
-    fixed time on the GPU.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
+    tensor, special, memory: shares of peak attained at saturation.  sustained: the share of the tensor peak that the board's
+    power limit lets through when work goes on (0: no such limit known).  heat: the share of the power budget that memory takes at its peak
+    rate.  depth_half: trip count of a tile's inner loop at
+    half of the tensor rate.  variant: what the family's second kernel attains of the first.
+    split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last
+    wave of tiles costs, in waves.  launch_s: the op's own fixed time on the GPU.  merge_s: what merging one more
+    partial result takes.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
     """
 
     tensor: Fraction = 1.0
     special: Fraction = 1.0
     memory: Fraction = 1.0
+    sustained: Fraction = 0.0
+    heat: Fraction = 0.0
     depth_half: float = 0.0
+    split: float = 1.0
+    variant: Fraction = 1.0
     wave: float = 0.0
     launch_s: Seconds = 0.0
+    merge_s: Seconds = 0.0
     power: int = 0
     sigma: float = 0.0
     basis: str = "analytic"
@@ -96,15 +105,30 @@ def user_folder() -> Path:
 
 @cache
 def _load(gpu: Gpu) -> Calibration:
-    for folder, whose in ((user_folder(), "yours"), (data_path("calibration"), "shipped")):
-        file = folder / gpu.name / "constants.toml"
-        if file.is_file():
-            return read_profile(file, gpu.name, whose)
-    return _assumed(gpu)
+    assumed = _assumed(gpu)
+    for name, title in ((gpu.name, ""), (gpu.borrows, f"{gpu.name} borrows the shape of ")):
+        for folder, whose in ((user_folder(), "yours"), (data_path("calibration"), "shipped")):
+            file = folder / name / "constants.toml"
+            if name and file.is_file():
+                found = read_profile(file, gpu.name, whose)
+                families = found.families if not title else {f: _borrowed(c, name) for f, c in found.families.items()}
+                # what was not measured keeps its prior; a row without a dtype stands for all
+                kept = {f: c for f, c in assumed.families.items() if (*f[:2], "") not in families}
+                return replace(found, families={**kept, **families}, description=title + found.description)
+    return assumed
 
 
-def read_profile(file: Path, gpu: str, whose: str = "given") -> Calibration:
-    """Read a profile file."""
+#: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.
+BORROWED_SIGMA = 0.10
+
+
+def _borrowed(constants: Constants, lender: str) -> Constants:
+    """Another GPU's constants: shares of this one's peaks, wider and analytic."""
+    return replace(constants, sigma=math.hypot(constants.sigma, BORROWED_SIGMA), basis="analytic", source=f"borrowed from {lender}: {constants.source}")
+
+
+def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str = "") -> Calibration:
+    """Read a profile file.  A row that names an architecture counts on that one only, and before rows that name none."""
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -117,6 +141,7 @@ def read_profile(file: Path, gpu: str, whose: str = "given") -> Calibration:
     if not _is_number(common, least=0.0):
         message = f"{file}: common_sigma = {common!r} is not a number from 0; calibrate again"
         raise ValueError(message)
+    rows = sorted((row for row in rows if row.get("architecture", architecture) == architecture), key=lambda row: "architecture" in row)
     families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row, file) for row in rows}
     return Calibration(gpu, families, float(common), f"{data.get('description', gpu)} ({whose} profile)")
 
@@ -128,9 +153,9 @@ _POWERS = (0, 1, 2, 4, 8, 16)
 def _constants(row: dict[str, object], file: Path) -> Constants:
     """One family, every constant checked: shares above 0, the rest from 0, a power of two, a known basis."""
     for name, value in row.items():
-        if name in ("tensor", "special", "memory"):
+        if name in ("tensor", "special", "memory", "split", "variant"):
             sound = _is_number(value, least=0.0) and value != 0
-        elif name in ("depth_half", "wave", "launch_s", "sigma", "rows"):
+        elif name in ("sustained", "heat", "depth_half", "wave", "launch_s", "merge_s", "sigma", "rows"):
             sound = _is_number(value, least=0.0)
         else:
             sound = {"power": value in _POWERS, "basis": value in BASES}.get(name, True)
@@ -147,14 +172,17 @@ def _is_number(value: object, *, least: float) -> bool:
 
 def _assumed(gpu: Gpu) -> Calibration:
     """Documented priors, with the GPU's own published matmul ceiling where there is one."""
-    priors = read_profile(data_path("calibration", "priors.toml"), gpu.name, "prior")
+    priors = read_profile(data_path("calibration", "priors.toml"), gpu.name, "prior", gpu.architecture)
     families = dict(priors.families)
     for family, constants in priors.families.items():
         kernel, impl, _ = family
         if kernel != "gemm":
             continue
-        for dtype, attained in gpu.attained.items():
+        # fp16 runs at the rate and power of bf16
+        known = {"fp16": gpu.attained["bf16"], **gpu.attained} if "bf16" in gpu.attained else gpu.attained
+        for dtype, attained in known.items():
             share = attained / gpu.peak_flops_per_s(dtype)
-            note = f"published matmul ceiling, {gpu.sources.get(f'attained.{dtype}', 'see data/hardware')}"
+            cited = gpu.sources.get(f"attained.{dtype}") or gpu.sources.get("attained.bf16", "see data/hardware")
+            note = f"published matmul ceiling, {cited}"
             families[kernel, impl, dtype] = replace(constants, tensor=share, source=note)
     return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")

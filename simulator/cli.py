@@ -68,7 +68,10 @@ layout_options = _options(
 )
 format_options = _options(
     click.option("--weights", default=None, help="Store linear layers otherwise: bf16, fp8, nvfp4, int4, ..."),
-    click.option("--cache", default=None, help="Store the cache otherwise: bf16, fp8, fp8_ds_mla, ..."),
+    click.option(
+        "--cache", "--cache-dtype", "--kv-cache-dtype", "cache", default=None,
+        help="Store the cache otherwise: bf16, fp8, nvfp4, int4, kivi-2, fp8_ds_mla, ...",
+    ),
 )
 engine_options = _options(
     click.option("--block-size", type=click.IntRange(1, 4096), default=None, help="Tokens per cache block (default: the engine's)."),
@@ -80,7 +83,27 @@ output_options = _options(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Verbs(click.Group):
+    """Our own verbs, and those that installed packages add under the entry points `longctx.verbs` (bench, calibrate)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        from importlib.metadata import entry_points
+
+        return sorted({*super().list_commands(ctx), *(point.name for point in entry_points(group="longctx.verbs"))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One of ours, else one that is added."""
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            from importlib.metadata import entry_points
+
+            for point in entry_points(group="longctx.verbs", name=cmd_name):
+                found = point.load()
+        return found
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="longctx")
 def main() -> None:
     """What a long context costs, before a GPU is rented."""
@@ -155,7 +178,7 @@ def size(
     price: float | None, exit_zero: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
-    from simulator import planner, report
+    from simulator import planner, report, tables
     from simulator.engines import Vllm
     from simulator.hardware import price as listed
     from simulator.serving import Request
@@ -180,7 +203,8 @@ def size(
         "price_source": "given" if price is not None else (known.sources.get("typical") if known else None),
     }  # fmt: skip
     if as_json:
-        click.echo(report.emit(report.size_document(found, inputs)))
+        held = tables.engines(spec, found.best.layout, machine, context, [engine])
+        click.echo(report.emit(report.size_document(found, inputs, held)))
     else:
         report.print_size(found, inputs, _console())
     return 0 if found.fits or exit_zero else EXIT_DOES_NOT_FIT
@@ -200,7 +224,7 @@ def kv(
     memory_fraction: float | None, chunk: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """What one sequence of MODEL keeps: by architecture, and as the engine allocates it."""
-    from simulator import report
+    from simulator import reach, report, tables
     from simulator.engines import Vllm
     from simulator.estimate import check
     from simulator.parallel import Layout
@@ -209,17 +233,97 @@ def kv(
     machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
     layout, engine = Layout(**degrees), Vllm(memory_fraction, block_size, chunk)
     check(spec, machine, layout)
-    capacity = engine.capacity(spec, layout, machine, context)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "layout": str(layout),
         "cache": spec.cache.name, "block_size": engine.block_tokens(spec, machine.gpu), "memory_fraction": engine.fraction,
         "chunk": engine.step_tokens(machine.gpu), "engine": f"vllm {engine.version}",
     }  # fmt: skip
-    document = report.kv_document(spec, context, capacity, layout, inputs)
+    held = tables.engines(spec, layout, machine, context, [engine])
+    document = {**report.kv_document(spec, context, held, inputs, reach.warnings(spec, context)), "reach": reach.document(spec, context)}
     if as_json:
         click.echo(report.emit(document))
     else:
-        report.print_kv(document, spec, context, _console())
+        console = _console()
+        report.print_kv(document, spec, context, console)
+        tables.print_engines(document, spec, layout, console)
+        tables.print_reach(spec, context, console)
+
+
+@main.command()
+@click.option("--sort", type=click.Choice(["name", "parameters", "active", "bytes_per_token", "cache", "declared"]), default="name", show_default=True)
+@click.option("--match", default="", help="Only models whose id contains this.")
+@output_options
+def models(sort: str, match: str, as_json: bool) -> None:
+    """The models of the catalog: size, mixers, cache, and how far each reads."""
+    from simulator import report, tables
+    from simulator.compare import quantities
+    from simulator.hf import catalog, load_model
+
+    names = [name for name in catalog() if match.lower() in name.lower()]
+    if not names:
+        message = f"--match {match!r}: no model of the catalog contains it; longctx models lists all {len(catalog())}"
+        raise ValueError(message)
+    found = [(quantities(spec, 2**20), float(spec.cache_bytes(2.0**17))) for spec in map(load_model, names)]
+    document = tables.models_document(found, sort, {"sort": sort, "match": match})
+    if as_json:
+        click.echo(report.emit(document))
+    else:
+        tables.print_models(document, _console())
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[MODEL]...")
+@click.option("--context", type=TOKENS, default="1M", show_default=True, help="Tokens of a request in all.")
+@click.option("--gpu", default=None, help="Add times and fit on this GPU (default: quantities only).")
+@click.option("--gpus", type=POSITIVE, default=8, show_default=True, help="Number of GPUs.")
+@click.option("--concurrency", type=POSITIVE, default=1, show_default=True, help="Requests at the same time (with --gpu).")
+@click.option("--head-types", is_flag=True, help="Compare MHA, GQA, MLA and MQA of one twin instead of models.")
+@click.option("--heads", type=POSITIVE, default=128, show_default=True, help="Query heads of the twin.")
+@click.option("--head-dim", type=click.IntRange(1, 4096), default=128, show_default=True)
+@click.option("--kv-heads", type=POSITIVE, default=8, show_default=True, help="Key-value heads of its GQA.")
+@click.option("--latent", type=click.IntRange(1, 4096), default=512, show_default=True, help="Latent of its MLA.")
+@click.option("--rope", type=click.IntRange(0, 4096), default=64, show_default=True, help="Rotary part of its MLA.")
+@click.option("--layers", type=POSITIVE, default=61, show_default=True, help="Layers of the twin.")
+@format_options
+@output_options
+def compare(
+    names: tuple[str, ...], context: int, gpu: str | None, gpus: int, concurrency: int, head_types: bool, heads: int, head_dim: int,
+    kv_heads: int, latent: int, rope: int, layers: int, weights: str | None, cache: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """The same request across MODELs, or (--head-types) across ways to share keys and values."""
+    from simulator import compare as comparing
+    from simulator import planner, report, tables
+    from simulator.dtypes import cache_format
+    from simulator.hardware import cluster
+    from simulator.serving import Request
+
+    if head_types:
+        if names:
+            message = f"--head-types compares twins, not models: leave out {' '.join(names)}, or leave out --head-types"
+            raise ValueError(message)
+        stored = cache_format(cache or "bf16")
+        twin = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads, "latent": latent, "rope": rope, "layers": layers, "context": context}
+        document = tables.head_types_document(comparing.head_types(**twin, cache=stored), {**twin, "cache": stored.name})
+        if as_json:
+            click.echo(report.emit(document))
+        else:
+            tables.print_head_types(document, _console())
+        return
+    if not names:
+        message = "compare: name at least one MODEL, or give --head-types; longctx models lists the catalog"
+        raise ValueError(message)
+    found = [comparing.quantities(_model(name, weights, cache), context) for name in names]
+    request = Request(context, concurrency, min(1024, max(1, context // 8)))
+    plans = [planner.size(q.model, cluster(gpu, gpus), request) if gpu else None for q in found]
+    inputs = {
+        "models": [q.model.name for q in found], "context": context, "gpu": cluster(gpu, gpus).gpu.name if gpu else None, "gpus": gpus if gpu else None,
+        "concurrency": concurrency if gpu else None, "output": request.output if gpu else None, "weights": weights, "cache": cache,
+    }  # fmt: skip
+    document = tables.compare_document(found, plans, inputs)
+    if as_json:
+        click.echo(report.emit(document))
+    else:
+        tables.print_compare(document, found, plans, _console())
 
 
 @main.command()
@@ -241,7 +345,7 @@ def estimate(
 ) -> None:  # fmt: skip
     """How long one phase of MODEL takes on one layout, op by op."""
     from simulator import report
-    from simulator.engines import REGISTRY
+    from simulator.engines import SCHEDULED
     from simulator.estimate import estimate as answer
     from simulator.parallel import Layout
     from simulator.phases import Decode, Prefill
@@ -260,7 +364,7 @@ def estimate(
         asked = Prefill(float(context), float(batch), float(prefix), None if chunk is None else float(chunk))
     else:
         asked = Decode(float(context), float(batch))
-    found = answer(spec, machine, layout, asked, engine=REGISTRY[engine]() if engine else None)
+    found = answer(spec, machine, layout, asked, engine=SCHEDULED[engine]() if engine else None)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "layout": str(layout), "phase": phase, "context": context,
         "batch": batch, "prefix": prefix, "chunk": chunk, "engine": engine, "weights": weights or spec.quantization, "cache": spec.cache.name,
@@ -358,3 +462,29 @@ def _show_kernel(op: Any, gpu: str, asked: dict[str, Any], *, as_json: bool) -> 
         click.echo(report.emit(document))
     else:
         report.print_kernel(document, _console())
+
+
+@main.command()
+@click.option("--kind", "kinds", multiple=True, help="Only this kind: kernel_tflops, kernel_time, decode_tpot, ... (repeatable).")
+@click.option("--source", "sources", multiple=True, help="Only this source, a key of data/published/sources.csv (repeatable).")
+@click.option("--gpu", "gpus", multiple=True, help="Only rows of this GPU (repeatable).")
+@click.option("--rows", is_flag=True, help="Every row, not only the summaries.")
+@click.option("--record", is_flag=True, help="Write the accuracy of all rows to data/published/accuracy.csv, from which tests refuse to fall.")
+@output_options
+def validate(kinds: tuple[str, ...], sources: tuple[str, ...], gpus: tuple[str, ...], rows: bool, record: bool, as_json: bool) -> None:
+    """How close predictions come to what others measured, by source and kind."""
+    from simulator import report
+    from simulator import validate as checks
+    from simulator.hardware import gpu as part
+
+    if record and (kinds or sources or gpus):
+        message = "--record: it records all rows; leave out --kind, --source and --gpu"
+        raise ValueError(message)
+    compared, refused = checks.compare(kinds=kinds, sources=sources, gpus=[part(name).name for name in gpus])
+    if record:
+        click.echo(f"recorded {checks.record(checks.by_source(compared))}", err=True)
+    if as_json:
+        inputs = {"kinds": kinds, "sources": sources, "gpus": gpus, "rows": rows}
+        click.echo(report.emit(checks.document(compared, refused, inputs, rows=rows)))
+    else:
+        checks.show(compared, refused, _console(), rows=rows)

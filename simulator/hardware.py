@@ -70,7 +70,8 @@ class Gpu:
     `usable_bytes` is what the framework offers of `capacity_bytes` (torch `total_memory`), or the capacity where that
     is unknown.  `l2_bytes` is the last cache before HBM.  `gpus_per_node` counts the GPUs of one host, which may be
     fewer than its scale-up domain.  `attained` holds the best matrix products measured, in FLOP/s by dtype;
-    `sustained_clock_hz` the clock under long products at the power cap, None where unknown.
+    `sustained_clock_hz` the clock under long products at the power cap, None where unknown.  `borrows` names the GPU whose
+    calibration stands in where this one has none.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Gpu:
     datasheet: Mapping[str, float] = field(hash=False)
     attained: Mapping[str, float] = field(hash=False)
     sources: Mapping[str, str] = field(hash=False, repr=False)
+    borrows: str = ""
 
     @property
     def vector_flops_per_clock(self) -> float:
@@ -340,7 +342,7 @@ def _load(stem: str) -> Gpu:
     figures |= _values(data["figures"])
     figures.setdefault("usable_bytes", figures["capacity_bytes"])
     figures["gpus_per_node"] = int(figures["gpus_per_node"])
-    identity = {key: data.get(key, "") for key in ("name", "title", "vendor", "architecture", "compute_capability")}
+    identity = {key: data.get(key, "") for key in ("name", "title", "vendor", "architecture", "compute_capability", "borrows")}
     tables: dict[str, Any] = {name: _values(table) for name, table in rates.items()}
     return Gpu(**identity, **figures, **tables, links=tuple(links), sources=sources)
 

@@ -18,12 +18,20 @@ from simulator.work import Group, Op
 #: Rows and columns of the output tile of large products on tensor cores since Ampere (CUTLASS and cuBLAS defaults);
 #: rows are padded to the instruction's 64.
 TILE_M, TILE_N, PAD_M = 128.0, 128.0, 64.0
+#: Outputs one SM holds in a wave of a large product, and the reads of a real raster over those of a square one.
+WAVE_TILE, RASTER = 128.0 * 256.0, 1.2
+#: How many L2 caches of keys and values a head has when every second sweep misses.
+HALF_MISSED = 2.13
+#: Heads wider than this have tiles of their own.
+WIDE_HEAD = 192
 
 
 class Launched(NamedTuple):
     """An op as launched: executed work by pipe, traffic with re-reads, and how it fills the machine.
 
     `tiles` are independent units of work, `slots` how many run at once, `depth` the trip count of a tile's inner loop.
+    `variant` is 1 where a second kernel of the family runs: heads wider than 192, whose tiles crowd the registers; decode whose
+    keys need no split.  `splits` are partial results that a further kernel merges one after the other.
     """
 
     tensor_flops: Flops
@@ -32,24 +40,27 @@ class Launched(NamedTuple):
     tiles: Num
     slots: Num
     depth: Num
+    variant: Num = 0.0
+    splits: Num = 1.0
 
 
 def launch_gemm(op: Op, gpu: Gpu) -> Launched:
-    """Rows padded to 64, tiles of 128 x 128; every wave of tiles reads its own panels of both operands.
+    """Rows and columns padded to 64; pieces of 128 x 128, which the kernel may cut further (smaller tiles, split-K) to fill
+    the machine; every wave of tiles reads its own panels of both operands.
 
-    HBM: compulsory, plus what does not stay in L2 between waves.  A wave covers a square of side s = sqrt(SMs x tile), so
-    panels are requested flops (a + w) / (2 s) bytes in all; the share that misses grows as the smaller operand outgrows
-    the L2, x / (x + L2), a quarter at most.  Source: FORMULAS 3.6.
+    HBM reads: what a wave of 128 x 256 tiles over all SMs asks for, flops (a + w) / (2 s) with s the side of the square it
+    covers, where that exceeds one reading of both operands; rasters are not square, which costs a fifth more.
+    Within 9 % (median) of DRAM counters on an H200, worst 30 %.  Source: FORMULAS 3.6; data/calibration/h200_sxm.
     """
     s = op.shape
     m, n, k = s["m"], s["n"], s["k"]
-    rows = ceil(m * (1 / PAD_M)) * PAD_M
-    tiles = rows * ceil(n * (1 / TILE_N)) * (1 / TILE_M)
-    side = (gpu.units * TILE_M * TILE_N) ** 0.5
-    smaller = minimum(m * s["activation_bytes"], n * s["weight_bytes"]) * k
-    requested = op.tensor_flops * ((s["activation_bytes"] + s["weight_bytes"]) * 0.125 / side)
-    again = requested * (smaller / (smaller + gpu.l2_bytes))
-    return Launched(rows * (n * (2.0 * k)), 0.0, op.hbm_bytes + again, tiles, gpu.units, k)
+    rows, columns = ceil(m * (1 / PAD_M)) * PAD_M, ceil(n * (1 / PAD_M)) * PAD_M
+    pieces = rows * columns * (1 / (TILE_M * TILE_N))
+    side = (gpu.units * WAVE_TILE) ** 0.5
+    requested = op.tensor_flops * ((s["activation_bytes"] + s["weight_bytes"]) * (RASTER * 0.5 / side))
+    once = (m * s["activation_bytes"] + n * s["weight_bytes"]) * k
+    again = maximum(requested - once, 0.0)
+    return Launched(rows * columns * (2.0 * k), 0.0, op.hbm_bytes + again, pieces, gpu.units, k)
 
 
 def launch_grouped_gemm(op: Op, gpu: Gpu) -> Launched:
@@ -65,29 +76,35 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     """Query tiles of 128 rows (64 for wide heads), whole key tiles on the mask's edge.
 
     executed pairs = C' (pairs / C + (B_M - 1) / 2 where the edge is masked), C' = C rounded up to tiles: exact for causal
-    chunks aligned to tiles.  K and V are re-read from HBM once per further wave that sweeps a key-value head, as far as
-    the head does not fit in half the L2: (w - 1)(1 - C / 2(P + C)) x / (1 + x), x = (head bytes / half L2)^2, which is
-    FORMULAS 3.3's rho smoothed.  Source: FORMULAS 1.2, 3.3.
+    chunks aligned to tiles.
+    Every query tile sweeps its head's keys and values.  They come from the L2 cache while a head's K and V fit in it; of a
+    larger head sweeps miss more and more: x^2 / (1 + x^2), x = bytes of K and V that one key-value head reads / 2.13 L2.  DRAM
+    counters on an H200 show 1 %, 17 %, 50 % and 72 % at 34, 67, 134 and 268 MB (5, 20, 50, 80 here; a formula without a kink,
+    because runs of chunks stand for their means).  At a million tokens this, not the tensor cores, binds.
+    Backward walks key tiles and keeps them; it adds fp32 sums of dQ (written, read, converted) and, for grouped heads, dK and dV
+    per query head.  Source: FORMULAS 1.2, 3.3; data/calibration/h200_sxm.
     """
     s = op.shape
     tokens, sequences, live = maximum(s["tokens"], 1e-9), maximum(s["sequences"], 1e-9), maximum(s["live"], 1e-9)
-    rows = 128.0 if s["v_head_dim"] <= 128 else 64.0  # noqa: PLR2004 (tile height halves beyond 128 wide heads)
+    rows = where(s["v_head_dim"] <= 128, 128.0, 64.0)  # noqa: PLR2004 (tile height halves beyond 128 wide heads)
     blocks = ceil(tokens * (1 / rows))
     padded = blocks * (rows / tokens)
     edge = s["masked"] * (0.5 * (rows - 1))
     queries = sequences * s["heads"] * tokens
     executed = (s["scores"] + queries * edge) * padded
-    flops_per_score = 2.0 * (s["head_dim"] + s["v_head_dim"])
+    depth, tiles = s["scores"] / queries + edge, blocks * (s["heads"] * sequences)
+    variant = where(s["head_dim"] > WIDE_HEAD, 1.0, 0.0)
     if op.kernel == "attention_backward":
-        flops_per_score = 2.0 * (3 * s["head_dim"] + 2 * s["v_head_dim"])
-    tiles = blocks * (s["heads"] * s["sequences"])
-    waves = maximum(blocks * s["heads"] / (s["kv_heads"] * gpu.units), 1.0) - 1.0
-    moved = s["live"] * s["row_bytes"]
-    excess = moved * (1.0 / (sequences * s["kv_heads"] * (0.5 * gpu.l2_bytes)))
-    squared = excess * excess
-    swept = waves * (1 - (0.5 * tokens * sequences) / live)
-    again = moved * swept * (squared / (1 + squared))
-    return Launched(executed * flops_per_score, executed, op.hbm_bytes + again, tiles, gpu.units, s["scores"] / queries)
+        both = s["head_dim"] + s["v_head_dim"]
+        sums = queries * (12.0 * s["head_dim"]) + where(s["heads"] > s["kv_heads"], queries * (4.0 * both), 0.0)
+        flops = executed * (2.0 * (both + 2 * s["head_dim"] + s["v_head_dim"]))
+        return Launched(flops, executed, op.hbm_bytes + sums, tiles, gpu.units, depth, variant)
+    swept = depth * s["row_bytes"] / s["kv_heads"]
+    head = live / sequences * s["row_bytes"] / s["kv_heads"]
+    excess = head * (1.0 / (HALF_MISSED * gpu.l2_bytes))
+    missed = excess * excess / (1.0 + excess * excess)
+    again = tiles * swept * missed
+    return Launched(executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant)
 
 
 def launch_decode(op: Op, gpu: Gpu) -> Launched:
@@ -105,7 +122,7 @@ def launch_decode(op: Op, gpu: Gpu) -> Launched:
     partials = where(splits > 1.0, outputs * splits, 0.0)
     return Launched(
         op.tensor_flops * padded, op.exponentials * padded, op.hbm_bytes + partials, heads * splits, gpu.units,
-        maximum(s["keys"] / splits, 1.0),
+        maximum(s["keys"] / splits, 1.0), where(splits > 1.0, 0.0, 1.0), splits,
     )  # fmt: skip
 
 
@@ -194,17 +211,70 @@ def _log2(n: Num) -> Num:
     return float(np.log2(n)) if isinstance(n, (int, float)) else np.log2(n)
 
 
-def fills(launched: Launched, blend: Num) -> Num:
-    """The share of the machine that `tiles` units keep busy, as a blend of stepped and smooth waves.
+def fills(launched: Launched, split: Num, wave: Num) -> Num:
+    """The share of the machine that a launch keeps busy, from its tiles and the slots they run in.
 
-    stepped: T / (ceil(T / S) S); smooth (persistent, stream-K): min(1, T / S).  blend 1 is stepped, 0 is smooth.
+    1 / fill = max(1, slots / (split x tiles)) + wave x slots / (split x tiles): kernels cut tiles (smaller tiles, split-K)
+    until the machine is full, and the last wave is partly empty.  Waves do not step on a machine at its power limit: what a
+    part-filled wave saves in power the others gain in clock.
     """
-    per_slot = launched.tiles * (1.0 / launched.slots)
-    smooth = minimum(per_slot, 1.0)
-    if type(blend) is float and blend == 0.0:
-        return smooth
-    stepped = per_slot / maximum(ceil(per_slot), 1.0)
-    return stepped * blend + smooth * (1 - blend)
+    ratio = launched.slots / maximum(launched.tiles * split, 1e-9)
+    return 1.0 / (maximum(ratio, 1.0) + ratio * wave)
 
+
+#: Rows of a warp-level matrix instruction: what the query heads of one key-value head are padded to where every query
+#: token gathers rows of its own.
+_GATHER_ROWS = 16.0
+
+
+def launch_gathered(op: Op, gpu: Gpu) -> Launched:
+    """Every query token gathers its own rows: its heads of one key-value head are one tile, padded to 16 rows.
+
+    Rows that several tokens select are read again as far as the live rows do not stay in L2: (gathered - live) row bytes
+    x / (x + L2), x the live bytes.  Few tokens split their keys over idle SMs.  Source: FORMULAS 3.5, 3.6.
+    """
+    s = op.shape
+    group = maximum(s["heads"] / s["kv_heads"], 1e-9)
+    padded = ceil(group * (1 / _GATHER_ROWS)) * _GATHER_ROWS / group
+    footprint = s["live"] * s["row_bytes"]
+    again = maximum(s["gathered"] - s["live"], 0.0) * s["row_bytes"] * (footprint / (footprint + gpu.l2_bytes))
+    tiles = s["sequences"] * s["tokens"] * s["kv_heads"]
+    blocks = maximum(ceil(s["keys"] * (1 / PAD_M)), 1.0)
+    splits = minimum(maximum(gpu.units / maximum(tiles, 1e-9), 1.0), blocks)
+    outputs = s["sequences"] * s["heads"] * s["tokens"] * (8.0 * (s["v_head_dim"] + 1))
+    partials = where(splits > 1.0, outputs * splits, 0.0)
+    return Launched(
+        op.tensor_flops * padded, op.exponentials * padded, op.hbm_bytes + again + partials, maximum(tiles * splits, 1e-9), gpu.units,
+        maximum(s["keys"] / splits, 1.0),
+    )  # fmt: skip
+
+
+def launch_index_scores(op: Op, gpu: Gpu) -> Launched:
+    """Scores leave the kernel in fp32 and are read once by the selection: 8 bytes per scored pair.
+
+    Tiles of 64 query rows (all heads of a token) x 128 keys.  Source: FORMULAS 3.5; DeepGEMM fp8_mqa_logits.
+    """
+    s = op.shape
+    rows = maximum(ceil(s["heads"] * s["tokens"] * (1 / PAD_M)), 1.0) * s["sequences"]
+    tiles = maximum(rows, 1e-9) * maximum(ceil(s["keys"] * (1 / TILE_N)), 1.0)
+    return Launched(op.tensor_flops, 0.0, op.hbm_bytes + 8.0 * s["scored"], tiles, gpu.units, s["head_dim"])
+
+
+def launch_chunk_scan(op: Op, gpu: Gpu) -> Launched:
+    """A tile per chunk, head and sequence; the last chunk of a sequence is padded.  Source: FORMULAS 1.15-1.18."""
+    s = op.shape
+    chunks = ceil(s["tokens"] / s["chunk"])
+    padded = chunks * s["chunk"] / maximum(s["tokens"], 1e-9)
+    return Launched(op.tensor_flops * padded, 0.0, op.hbm_bytes, maximum(s["sequences"] * s["heads"] * chunks, 1e-9), gpu.units, s["chunk"])
+
+
+LAUNCHES |= {
+    "sparse_attention": launch_gathered,
+    "index_scores": launch_index_scores,
+    "chunk_scan": launch_chunk_scan,
+    "recurrent_step": launch_plain,
+    "selective_scan": launch_plain,
+    "long_convolution": launch_plain,
+}
 
 __all__ = ["LAUNCHES", "Launched", "Port", "carry", "fills", "launch", "port"]

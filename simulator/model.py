@@ -11,7 +11,8 @@ import numpy.typing as npt
 from simulator.dtypes import C_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.layers.embedding import Embedding, Head
-from simulator.layers.layer import Layer, Mixer, is_mixer, parameters, weight_bytes
+from simulator.layers.layer import ARCHITECTURE, Kept, Layer, Mixer, StateRules, is_mixer, parameters, weight_bytes
+from simulator.position import Encoding
 from simulator.units import Bytes, Count, Num
 
 Block = tuple[Layer, ...]
@@ -21,12 +22,13 @@ Block = tuple[Layer, ...]
 class Reach:
     """How far a model claims to read: `declared_tokens` by its config, `trained_tokens` before its rotary scaling.
 
-    `rope` is what the config says of rotary scaling, as it says it.
+    `rope` is what the config says of rotary scaling, as it says it; `encoding` what that means.
     """
 
     declared_tokens: int | None = None
     trained_tokens: int | None = None
     rope: dict[str, object] = field(default_factory=dict)
+    encoding: Encoding = Encoding()
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class ModelSpec:
     """`blocks` is the stack from the bottom as (count, layers): runs of equal blocks.  `cache` is how the cache is stored,
     `checkpoint_cache` how its config asks for it.
 
-    `warnings` name what a config said that is not modelled, with its bounded effect.
+    `streams` residual streams of `hidden_size` pass between blocks (hyper-connections).  `warnings` name what a config said
+    that is not modelled, with its bounded effect; `floor` is then the same model with the unknown mixers left out, the
+    other bound.  `extra` are modules beside the stack (multi-token prediction), counted apart.
     """
 
     name: str
@@ -49,6 +53,9 @@ class ModelSpec:
     model_type: str = ""
     quantization: str = "none"
     warnings: tuple[str, ...] = ()
+    streams: int = 1
+    floor: ModelSpec | None = None
+    extra: tuple[tuple[int, Block], ...] = ()
 
     @cached_property
     def kinds(self) -> tuple[Block, ...]:
@@ -95,28 +102,65 @@ class ModelSpec:
         """All weights of the text model."""
         return sum(count * parameters(layer, layer.whole(_NOTHING)) for count, layer in self.counted)
 
+    def extra_parameters(self) -> Count:
+        """Weights of the modules beside the stack."""
+        return sum(count * parameters(layer, layer.whole(_NOTHING)) for count, block in self.extra for layer in block)
+
+    def cache_bounds(self, context: Num, cache: CacheFormat | None = None) -> tuple[Bytes, Bytes]:
+        """Least and most bytes of one sequence: unknown mixers keeping nothing, and keeping every token."""
+        most = self.cache_bytes(context, cache)
+        return (most if self.floor is None else self.floor.cache_bytes(context, cache or self.cache), most)
+
     def weight_bytes(self) -> Bytes:
         """All weights in their checkpoint formats."""
         return sum(count * weight_bytes(layer, layer.whole(_NOTHING)) for count, layer in self.counted)
 
-    def cache_bytes(self, context: Num, cache: CacheFormat | None = None) -> Bytes:
-        """What the architecture must remember of one sequence of `context` tokens."""
+    def cache_bytes(self, context: Num, cache: CacheFormat | None = None, rules: StateRules = ARCHITECTURE) -> Bytes:
+        """What the architecture (or another holder, by its `rules`) remembers of one sequence of `context` tokens."""
         total: Bytes = 0.0
         for count, layer in self.mixers:
-            total = total + count * layer.state_bytes(layer.whole((Segment(1.0, 0.0, context),)), cache or self.cache)
+            total = total + count * layer.state_bytes(layer.whole((Segment(1.0, 0.0, context),)), cache or self.cache, rules)
+        return total
+
+    def slope(self, cache: CacheFormat | None = None) -> Bytes:
+        """Bytes a token adds in the long run: every row that grows, over the tokens it stands for."""
+        total: Bytes = 0.0
+        for count, layer in self.mixers:
+            for item in layer.kept(layer.whole(_NOTHING)):
+                if item.grows:
+                    total = total + count * (cache or self.cache).row_bytes(item.row) / item.every
+        return total
+
+    def constant(self, cache: CacheFormat | None = None, rules: StateRules = ARCHITECTURE) -> Bytes:
+        """Bytes of a sequence that stop growing: windows, states, tails, what a residual window takes beyond stored rows."""
+        total: Bytes = 0.0
+        for count, layer in self.mixers:
+            for item in layer.kept(layer.whole(_NOTHING), rules):
+                stored = cache or self.cache
+                if not item.grows and item.cycle is None:
+                    total = total + count * item.bytes(1e18, stored, rules)
+                elif item.grows and item.dtype is None:
+                    total = total + count * stored.residual_bytes(item.row)
         return total
 
     def cache_slope(self, context: Num, cache: CacheFormat | None = None) -> Bytes:
-        """Bytes one more token adds at `context`."""
-        return self.cache_bytes(context + 1, cache) - self.cache_bytes(context, cache)
-
-    def rows(self, cache: CacheFormat | None = None) -> list[tuple[int, Mixer, CacheRow, Bytes]]:
-        """Per kind of mixer: count, layer, row and bytes of a row."""
-        found = []
+        """Bytes per token at `context`, in the mean over the tokens an entry stands for."""
+        total: Bytes = 0.0
         for count, layer in self.mixers:
-            row = layer.cache_row(layer.whole(_NOTHING))
-            found.append((count, layer, row, (cache or self.cache).row_bytes(row)))
-        return found
+            for item in layer.kept(layer.whole(_NOTHING)):
+                if item.every:
+                    row = (cache or self.cache).row_bytes(item.row) if item.dtype is None else item.row.elements * item.dtype.bytes
+                    total = total + count * row * item.rate(context)
+        return total
+
+    def rows(self) -> list[tuple[int, Mixer, Kept]]:
+        """Everything kept, by kind of mixer: count, layer, item."""
+        return [(count, layer, item) for count, layer in self.mixers for item in layer.kept(layer.whole(_NOTHING))]
+
+    def cache_rows(self) -> list[CacheRow]:
+        """The distinct rows that the cache's format stores."""
+        kept = [item for _, layer in self.mixers for item in layer.kept(layer.whole(_NOTHING)) if item.dtype is None]
+        return list(dict.fromkeys(item.row for item in kept))
 
     def with_formats(self, *, weight: WeightFormat | None = None, cache: CacheFormat | None = None) -> ModelSpec:
         """The same architecture stored otherwise: linear layers in `weight`, embeddings and head untouched."""
@@ -124,11 +168,12 @@ class ModelSpec:
         if weight is not None:
             changed = {layer: _stored(layer, weight) for layer in self.layers}
             blocks = tuple((count, tuple(changed[layer] for layer in block)) for count, block in self.blocks)
-        return replace(self, blocks=blocks, cache=cache or self.cache)
+        floor = self.floor.with_formats(weight=weight, cache=cache) if self.floor is not None else None
+        return replace(self, blocks=blocks, cache=cache or self.cache, floor=floor)
 
 
 def _stored(layer: Layer, weight: WeightFormat) -> Layer:
-    names = [name for name in ("weight", "expert_weight") if hasattr(layer, name)]
+    names = [name for name in ("weight", "expert_weight", "index_weight", "shared_weight") if getattr(layer, name, None) is not None]
     changed: Layer = replace(layer, **dict.fromkeys(names, weight))  # type: ignore[type-var]
     return changed
 

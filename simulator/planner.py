@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from simulator import reach
 from simulator.calibration import Calibration
 from simulator.engines.vllm import Capacity, Vllm
 from simulator.hardware import Cluster, cluster
@@ -188,7 +189,8 @@ def size(
     rules = [told.split(":", 1)[0].split(" ")[0] for _, told in refused]
     return Plan(
         model, machine, request, engine, best, second, candidates, {rule: rules.count(rule) for rule in dict.fromkeys(rules)},
-        max(candidates, key=lambda c: c.longest), smallest(model, machine, request, engine), service, warnings(model, request, machine),
+        max(candidates, key=lambda c: c.longest), smallest(model, machine, request, engine), service,
+        [*warnings(model, request, machine), *engine.warnings(model)],
     )  # fmt: skip
 
 
@@ -322,12 +324,7 @@ def smallest(model: ModelSpec, machine: Cluster, request: Request, engine: Vllm)
 def warnings(model: ModelSpec, request: Request, machine: Cluster) -> list[str]:
     """What the user must know: reach, what is not modelled, formats the GPU lacks."""
     found = list(model.warnings)
-    declared = model.reach.declared_tokens
-    if declared is not None and request.context > declared:
-        found.append(
-            f"{request.context:,} tokens are beyond the {declared:,} that {model.name} declares; "
-            f"the engine needs an override (see launch) and the answers' quality there is not claimed by anyone"
-        )
+    found += reach.warnings(model, request.context)
     used = {layer.weight.math.name for layer in model.layers if hasattr(layer, "weight")}
     lacking = sorted(math for math in used if not machine.gpu.supports(math))
     found += [f"{machine.gpu.name} has no {math} arithmetic: {math} weights are multiplied in {machine.gpu.runs_as(math)}" for math in lacking]

@@ -11,9 +11,20 @@ from simulator.engines.vllm import Capacity, Vllm
 from simulator.estimate import Estimate, Interval, binding_resource
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster
-from simulator.kernels.attention import Chunked, Window
-from simulator.layers import Attention, LatentAttention
-from simulator.layers.layer import Mixer
+from simulator.kernels.attention import Chunked, DualChunk, Sinks, Window
+from simulator.layers import (
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    IndexedLatentAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    LightningAttention,
+    Mamba,
+    Mamba2,
+    ParallelMixers,
+)  # fmt: skip
+from simulator.layers.layer import Keep, Mixer
 from simulator.model import ModelSpec
 from simulator.planner import UNLIMITED_TOKENS, Candidate, Plan, reason
 from simulator.timing import Clock, seconds_bound, seconds_expected, seconds_no_overlap
@@ -125,17 +136,8 @@ def _needed(plan: Plan) -> float:
     return float(each * capacity.per_sequence_bytes)
 
 
-def _engine_cache(capacity: Capacity, layout: Any) -> dict[str, Any]:
-    ranks = float(layout.tp * layout.pp)
-    return {
-        "bytes_per_sequence": float(capacity.per_sequence_bytes) * ranks,
-        "bytes_per_sequence_per_gpu": float(capacity.per_sequence_bytes), "capacity_tokens": capacity.tokens,
-        "max_concurrency": float(capacity.concurrency), "replicas": int(capacity.replicas), "log": list(capacity.log_lines),
-    }  # fmt: skip
-
-
-def size_document(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `size`; times and prices are null where nothing fits."""
+def size_document(plan: Plan, inputs: dict[str, Any], engines: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `size`; times and prices are null where nothing fits; `engines` as every engine answers for the chosen layout."""
     model, capacity, service = plan.model, plan.best.capacity, plan.service
     context = float(plan.request.context)
     slope = float(model.cache_slope(context))
@@ -154,7 +156,7 @@ def size_document(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
         "memory_bytes_per_gpu": _memory(capacity, _needed(plan)),
         "cache": {
             "bytes_per_token": slope, "fixed_bytes": total - slope * context, "bytes_per_sequence": total,
-            "engines": {"vllm": _engine_cache(capacity, plan.best.layout)},
+            "engines": engines,
         },
         "max_context_tokens": plan.longest.longest,
         "max_context_layout": str(plan.longest.layout),
@@ -278,8 +280,15 @@ def _print_cache(plan: Plan, console: Console) -> None:
         ["architecture", f"{slope:,.0f} B", gib(fixed) if fixed else "0", gib(total)],
         [f"vLLM {plan.engine.version} ({plan.best.layout})", f"{allocated / context:,.0f} B", "", gib(allocated)],
     ]
+    from simulator import tables  # noqa: PLC0415 (it builds on this module)
+
+    others = tables.engines(model, plan.best.layout, plan.cluster, plan.request.context)
+    rows += [
+        [f"{held['title']} {held['version']}", f"{held['bytes_per_sequence'] / context:,.0f} B", "", gib(held["bytes_per_sequence"])]
+        for name, held in others.items() if name != "vllm" and "refused" not in held
+    ]  # fmt: skip
     _table(console, "Cache of one sequence", ["counted", "per token", "fixed", "at the asked context"], rows)
-    if allocated > 1.02 * total:
+    if allocated > 1.02 * total > 0:
         console.print(f"  vLLM holds {allocated / total:.2f} x the architecture's bytes: copies of the cache over ranks, whole blocks, tokens in flight")
     for line in capacity.log_lines:
         console.print(f"  {line}" + (f"   (each of {int(capacity.replicas)} engines)" if capacity.replicas > 1 else ""), highlight=False)
@@ -363,33 +372,70 @@ def _print_inputs(inputs: dict[str, Any], console: Console) -> None:
 
 
 def _mixer_name(layer: Mixer) -> str:
+    if isinstance(layer, IndexedLatentAttention):
+        chosen = "a shared selection" if layer.indexer_shared else f"an indexer's top {layer.index_topk:,}"
+        return f"MLA, latent {layer.kv_lora_rank} + {layer.qk_rope_head_dim}, {chosen}"
     if isinstance(layer, LatentAttention):
         return f"MLA, latent {layer.kv_lora_rank} + {layer.qk_rope_head_dim}"
+    if isinstance(layer, ParallelMixers):
+        return " beside ".join(_mixer_name(branch) for branch in layer.branches)
     if not isinstance(layer, Attention):
-        return type(layer).__name__
+        return _named(layer)
     heads = layer.num_key_value_heads
     kind = "MHA" if heads == layer.num_attention_heads else "MQA" if heads == 1 else "GQA"
     if isinstance(layer.mask, Window):
         kind += f", window {layer.mask.width:,}"
     elif isinstance(layer.mask, Chunked):
         kind += f", chunks of {layer.mask.width:,}"
+    elif isinstance(layer.mask, DualChunk):
+        kind += f", dual chunks of {layer.mask.chunk_size:,}"
+    elif isinstance(layer.mask, Sinks):
+        kind += f", {layer.mask.sinks} sinks + window {layer.mask.width:,}"
     rotates = "" if layer.rotary_dim else ", NoPE"
     return f"{kind}, {heads} x {layer.head_dim}{rotates}"
 
 
-def kv_document(model: ModelSpec, context: int, capacity: Capacity, layout: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `kv`."""
+def _named(layer: Mixer) -> str:
+    """Mixers that keep no rows of keys and values, or compressed ones."""
+    if isinstance(layer, CompressedAttention):
+        if not layer.compress_ratio:
+            return f"MQA 1 x {layer.head_dim}, window {layer.sliding_window:,}"
+        return f"{'CSA' if layer.selects else 'HCA'} 1/{layer.compress_ratio}, 1 x {layer.head_dim}, window {layer.sliding_window:,}"
+    if isinstance(layer, GatedDeltaNet):
+        return f"gated DeltaNet, {layer.linear_num_value_heads} x {layer.linear_key_head_dim} x {layer.linear_value_head_dim}"
+    if isinstance(layer, KimiDeltaAttention):
+        return f"KDA, {layer.num_heads} x {layer.head_dim} x {layer.head_dim}"
+    if isinstance(layer, LightningAttention):
+        return f"lightning attention, {layer.num_attention_heads} x {layer.head_dim} x {layer.head_dim}"
+    if isinstance(layer, Mamba):
+        return f"Mamba-1, {layer.intermediate_size:,} x {layer.state_size}"
+    if isinstance(layer, Mamba2):
+        return f"Mamba-2, {layer.mamba_num_heads} x {layer.mamba_head_dim} x {layer.ssm_state_size}"
+    return type(layer).__name__
+
+
+#: What is kept, in words.
+_KEEPS = {
+    Keep.ROWS: "tokens", Keep.ENTRIES: "entries", Keep.INDEX: "index keys", Keep.TAIL: "uncompressed tail", Keep.SSM: "state", Keep.LINEAR: "state",
+    Keep.CONV: "convolution inputs",
+}  # fmt: skip
+
+
+def kv_document(
+    model: ModelSpec, context: int, engines: dict[str, Any], inputs: dict[str, Any], warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The keys of `kv`; `engines` as every engine answers."""
     slope, total = float(model.cache_slope(float(context))), float(model.cache_bytes(float(context)))
     layers = []
-    for count, layer, _, row_bytes in model.rows():
-        stored = float(layer.stored_tokens(float(context)))
+    for count, layer, item in model.rows():
+        stored, held = float(item.rows(float(context))), float(item.bytes(float(context), model.cache))
         layers.append({
-            "count": count, "kind": _mixer_name(layer), "row_bytes": float(row_bytes), "stored_tokens": stored,
-            "bytes_per_sequence": count * stored * float(row_bytes),
+            "count": count, "kind": _mixer_name(layer), "keeps": _KEEPS[item.keep], "row_bytes": held / stored if stored else 0.0,
+            "stored_tokens": stored, "bytes_per_sequence": count * held,
         })  # fmt: skip
     return {
-        **_head(inputs, model.warnings), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
-        "bytes_per_sequence": total, "layers": layers, "engines": {"vllm": _engine_cache(capacity, layout)},
+        **_head(inputs, [*model.warnings, *warnings]), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
+        "bytes_per_sequence": total, "layers": layers, "engines": engines,
     }  # fmt: skip
 
 
@@ -406,21 +452,10 @@ def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: 
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     console.print()
     rows = [
-        [str(entry["count"]), entry["kind"], f"{entry['row_bytes']:,.0f} B", f"{entry['stored_tokens']:,.0f}", gib(entry["bytes_per_sequence"])]
+        [str(entry["count"]), entry["kind"], entry["keeps"], f"{entry['row_bytes']:,.0f} B", f"{entry['stored_tokens']:,.0f}", gib(entry["bytes_per_sequence"])]
         for entry in document["layers"]
     ]
-    _table(console, "By kind of layer", ["layers", "kernel", "row", "tokens kept", "per sequence"], rows)
-    engine = document["engines"]["vllm"]
-    if not engine["capacity_tokens"]:
-        console.print(
-            f"vLLM on {document['inputs']['gpus']} x {document['inputs']['gpu']} as {document['inputs']['layout']} would not start: weights and "
-            "activations leave no room for a cache; give more GPUs (--tp 8)", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        return
-    machine = f"{document['inputs']['gpus']} x {document['inputs']['gpu']}"
-    console.print(f"vLLM on {machine}: {gib(engine['bytes_per_sequence_per_gpu'])} per GPU for one sequence", highlight=False)
-    for line in engine["log"]:
-        console.print(f"  {line}", highlight=False)
+    _table(console, "By kind of layer", ["layers", "kernel", "keeps", "row", "rows kept", "per sequence"], rows)
 
 
 # ---- estimate and kernel

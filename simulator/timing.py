@@ -2,7 +2,11 @@
 
 t = launch_s + (sum over resources of (work / (peak x attained))^p)^(1/p); p -> infinity is perfect overlap inside the
 kernel, p = 1 none.  attained(tensor) = tensor x fill(tiles, SMs) x depth / (depth + depth_half); attained(memory) and
-attained(special) are constants.  launch_s is the one small-size term.  An op without work takes no time.
+attained(special) are constants; a tile's exponentials add to its products (`special` says what remains of them once they
+overlap: it may exceed 1); the power limit is a resource of its own, on which useful products run at `sustained` of the
+peak whatever the tiling (an H200 does 780 TFLOP/s of bf16 for milliseconds and 670 for longer), and memory traffic takes `heat`
+of it.  launch_s is the one
+small-size term (split decode adds merge_s per partial result).  An op without work takes no time.
 Source: FORMULAS 3.7.
 """
 
@@ -15,7 +19,7 @@ import numpy as np
 from simulator.calibration import Calibration
 from simulator.hardware import Cluster
 from simulator.launch import Port, carry, fills, launch, port
-from simulator.units import Num, Seconds, maximum, minimum, raise_to, root
+from simulator.units import Num, Seconds, maximum, minimum, raise_to, root, where
 from simulator.work import Group, Leaf, Message, SecondsOverlapped, SecondsSerial, Work, fold
 
 
@@ -73,15 +77,29 @@ class Clock:
             return op.shape["seconds"] / constants.memory
         launched, gpu = launch(op, self.gpu), self.gpu
         moved = launched.hbm_bytes
-        parts = [moved * (1 / (gpu.hbm_bytes_per_s * constants.memory))]
+        pace: Num = 1.0
+        if constants.variant != 1.0:
+            pace = where(launched.variant > 0, 1 / constants.variant, 1.0)
+        parts = [moved * (pace / (gpu.hbm_bytes_per_s * constants.memory))]
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
-            filled = maximum(fills(launched, constants.wave), 1e-9)
-            deep = 1 + constants.depth_half / maximum(launched.depth, 1e-9)
-            slow = 1 / (filled * (self.peak(op.math) * constants.tensor))
-            parts.append(launched.tensor_flops * (deep * slow))
+            slow = pace / fills(launched, constants.split, constants.wave)
+            peak = self.peak(op.math)
+            deep = (1 + constants.depth_half / maximum(launched.depth, 1e-9)) / (peak * constants.tensor)
+            compute = launched.tensor_flops * deep
             if type(launched.exponentials) is not float or launched.exponentials:
-                parts.append(launched.exponentials / (filled * (gpu.sfu_per_s * constants.special)))
-        return where_any(op.hbm_bytes, smooth_max(parts, constants.power) + constants.launch_s)
+                special = launched.exponentials * (1 / (gpu.sfu_per_s * constants.special))
+                if constants.power:
+                    compute = compute + special
+                else:  # perfect overlap
+                    parts.append(special * slow)
+            parts.append(compute * slow)
+            if constants.sustained:
+                power = op.tensor_flops * (1 / (peak * constants.sustained))
+                parts.append(power + moved * (constants.heat / gpu.hbm_bytes_per_s))
+        fixed: Num = constants.launch_s
+        if constants.merge_s:
+            fixed = fixed + constants.merge_s * (launched.splits - 1)
+        return where_any(op.hbm_bytes, smooth_max(parts, constants.power) + fixed)
 
 
 def once(seconds: Callable[[Leaf], Seconds]) -> Callable[[Leaf], Seconds]:

@@ -194,6 +194,11 @@ def total(x: Num) -> float:
     return float(x) if type(x) in _PLAIN else float(np.add.reduce(x, axis=None))
 
 
+def log2(x: Num) -> Num:
+    """Logarithm to base two."""
+    return math.log2(x) if type(x) in _PLAIN else np.log2(x)
+
+
 def root(x: Num, power: int) -> Num:
     """The `power`-th root for a power of two, by square roots."""
     while power > 1:

@@ -25,7 +25,8 @@ class Op:
     """The work of one kernel on one GPU.
 
     Executed work by pipe: `tensor_flops` at the rate of `math`, `vector_flops` on the fp32 pipes, `exponentials` on
-    the special-function units.  `model_flops` is the useful part (backward = 2 x forward, no recompute, no padding).
+    the special-function units.  `operands` names the stored type where it is not that of `math` and the kernel converts it (an
+    fp8 cache read by a bf16 core).  `model_flops` is the useful part (backward = 2 x forward, no recompute, no padding).
     `hbm_bytes` is compulsory traffic: every operand once.  `shape` holds the kernel's own extents, from which the
     time side works out tiles and re-reads.  `aside` makes what no time depends on, when it is asked for.
     """
@@ -34,6 +35,7 @@ class Op:
     kernel: str
     impl: str = ""
     math: str = "bf16"
+    operands: str = ""
     tensor_flops: Flops = 0.0
     exponentials: Count = 0.0
     model_flops: Flops = 0.0
@@ -65,8 +67,8 @@ class Op:
 
     @property
     def family(self) -> tuple[str, str, str]:
-        """What is calibrated together: kernel, implementation and element type."""
-        return (self.kernel, self.impl, self.math)
+        """What is calibrated together: kernel, implementation and element type (of the stored operands, then of the math)."""
+        return (self.kernel, self.impl, self.operands or self.math)
 
 
 class Aside(NamedTuple):
@@ -509,12 +511,13 @@ class PeakBytes:
         return where(mask, a[0], b[0]), where(mask, a[1], b[1])
 
     def pipeline(self, pipe: Pipeline, values: list[list[tuple[Num, Num]]]) -> tuple[Num, Num]:
-        """The most of any stage and flow."""
-        flat = [
-            (net, np.max(peak, axis=0) if flow.runs and np.ndim(peak) == np.ndim(flow.count) else peak)
+        """The most of any stage and flow, of runs and flows that there are."""
+        there = [
+            (flow, net, where(flow.count > 0, peak, 0.0) if isinstance(flow.count, np.ndarray) else peak)
             for flow, stages in zip(pipe.flows, values, strict=True)
             for net, peak in stages
         ]
+        flat = [(net, np.max(peak, axis=0) if flow.runs and np.ndim(peak) == np.ndim(flow.count) else peak) for flow, net, peak in there]
         return _largest([n for n, _ in flat]), _largest([p for _, p in flat])
 
 

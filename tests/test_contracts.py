@@ -24,12 +24,14 @@ import simulator
 from simulator.data import data_path
 from simulator.dtypes import CACHE_FORMATS, WEIGHT_FORMATS
 from simulator.engines import REGISTRY as ENGINES
+from simulator.engines import SCHEDULED
 from simulator.kernels.attention import Segment
 from simulator.layers import REGISTRY as LAYERS
 from simulator.layers.layer import Module
 from simulator.parallel import REGISTRY as SCHEMES
 from simulator.parallel import Scheme
 from tests.support import EVERY, model
+from tests.test_mixers import EACH
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [m.name for m in pkgutil.walk_packages(simulator.__path__, "simulator.") if not m.name.endswith("__main__")]
@@ -127,7 +129,7 @@ def test_the_code_has_no_leftovers(file: Path) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda k: k.__name__)
 def test_a_kind_of_layer_offers_what_a_layer_offers(kind: type) -> None:
-    layer = next(layer for name in EVERY for _, layer in model(name).counted if isinstance(layer, kind))
+    layer = next(layer for layer in (*EACH.values(), *(layer for name in EVERY for _, layer in model(name).counted)) if isinstance(layer, kind))
     for method in ("whole", "modules", "work"):
         assert callable(getattr(layer, method))
     held = layer.whole(NOTHING)
@@ -147,7 +149,10 @@ def test_a_scheme_offers_what_a_scheme_offers(scheme: type) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_offers_what_an_engine_offers(name: str) -> None:
     engine = ENGINES[name]()
-    for method in ("host", "capacity", "footprint", "longest", "refusals", "command"):
+    assert engine.name == name
+    assert engine.title
+    methods = ("allocation", *(("host", "capacity", "footprint", "longest", "refusals", "command", "warnings") if name in SCHEDULED else ()))
+    for method in methods:
         assert callable(getattr(engine, method)), method
 
 

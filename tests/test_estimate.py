@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from simulator import Calibration, Decode, Layout, Mixed, Prefill, estimate
 from simulator.calibration import Constants
-from simulator.engines import REGISTRY
+from simulator.engines import SCHEDULED
 from simulator.estimate import Estimate, Interval, binding_resource, interval
 from simulator.hardware import catalog
 from simulator.kernels.attention import Segment
@@ -162,13 +162,13 @@ def test_the_work_of_an_estimate_is_what_it_says(name: str) -> None:
 # ---- engines
 
 
-@pytest.mark.parametrize("engine", REGISTRY)
+@pytest.mark.parametrize("engine", SCHEDULED)
 @pytest.mark.parametrize("name", MAIN[:3])
 def test_an_engine_adds_host_work_that_overlaps_the_gpus(engine: str, name: str) -> None:
     for layout in legal(name, 8)[::4]:
         part = machine("h200", 8)
         for phase in (Prefill(8192.0, chunk=2048.0), Decode(8192.0, 4.0)):
-            bare, hosted = (estimate(model(name), part, layout, phase, engine=e) for e in (None, REGISTRY[engine]()))
+            bare, hosted = (estimate(model(name), part, layout, phase, engine=e) for e in (None, SCHEDULED[engine]()))
             assert hosted.seconds.value >= bare.seconds.value * (1 - 1e-12)
             assert hosted.upper > bare.upper
             assert hosted.flops == pytest.approx(bare.flops)

@@ -30,12 +30,12 @@ from simulator.parallel import DEGREES
 from simulator.phases import System
 from simulator.timing import Clock
 from simulator.work import Group, Repeat, SecondsOverlapped, SecondsSerial, Work, fold, quantity
-from tests.support import MAIN, legal, machine, model, relative
+from tests.support import HYBRID, MAIN, legal, machine, model, relative
 
 M1 = 1_048_576
 NONE = Calibration.none()
-LATENT = ("deepseek-ai/DeepSeek-V3", "moonshotai/Kimi-K2-Instruct")
-main_models = pytest.mark.parametrize("name", MAIN)
+LATENT = ("deepseek-ai/DeepSeek-V3", "moonshotai/Kimi-K2-Instruct", "moonshotai/Kimi-Linear-48B-A3B-Instruct")
+main_models = pytest.mark.parametrize("name", [*MAIN, *HYBRID])
 
 
 def amount(work: Work, name: str) -> float:

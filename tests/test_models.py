@@ -45,32 +45,34 @@ def config_of(name: str) -> dict[str, Any]:
 # ---- counts
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_transformers_counts(name: str) -> None:
     """transformers 5.23.0 on the meta device, text model without multi-token-prediction layers."""
     assert model(name).parameters() == int(PUBLISHED[name]["total"])
 
 
 def test_every_published_count_belongs_to_a_file() -> None:
-    assert set(PUBLISHED) == set(EVERY)
+    # Samba is a lit-gpt config: no class of transformers builds it
+    assert set(EVERY) - set(PUBLISHED) == {"microsoft/Samba-1.3B"}
+    assert set(PUBLISHED) <= set(EVERY)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_stack_has_the_layers_transformers_builds(name: str) -> None:
     """Runs of equal layers in transformers' own plan ("[A3B58] Ax3=... | Bx58=...") have as many layers as ours."""
     kinds = [int(part.strip().split("=")[0].split("x")[1]) for part in PUBLISHED[name]["layer_plan"].split("] ", 1)[1].split(" | ")]
     spec = model(name)
     assert sum(kinds) == spec.num_layers
-    # transformers splits classes further than costs differ; never the other way round
-    assert len(spec.kinds) <= len(kinds)
+    # transformers splits classes further than costs differ, never the other way round; but it knows no formats of layers
+    if spec.quantization == "none" or spec.model_type == "deepseek_v4":
+        assert len(spec.kinds) <= len(kinds)
     assert sum(count for count, _ in spec.blocks) == spec.num_layers == len(spec.order)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_weights_take_their_parameters_times_their_widths(name: str) -> None:
     spec = model(name)
-    widths = sorted(bits / 8 for bits in (2 * 8, spec.layers[0].weight.bytes_per_element * 8, 4.25, 4.5))  # type: ignore[attr-defined]
-    assert widths[0] * spec.parameters() <= spec.weight_bytes() <= 2 * spec.parameters()
+    assert 4.25 / 8 * spec.parameters() <= spec.weight_bytes() <= 2 * spec.parameters()
     if spec.quantization == "none":
         assert spec.weight_bytes() == 2 * spec.parameters()
 
@@ -169,9 +171,14 @@ def test_windows_that_a_config_names_but_does_not_use_are_no_windows() -> None:
     assert all(mixer.mask == Window(4096) for _, mixer in model("mistralai/Mistral-7B-v0.1").mixers)
 
 
+#: Kinds that no config of the catalog has: written by hand, or in configs that are not collected.
+ELSEWHERE = {"NativeSparseAttention", "MixtureOfBlockAttention", "Retention", "S4", "ShortConv", "ParallelMixers", "Linear"}
+
+
 @pytest.mark.parametrize("kind", REGISTRY)
-def test_every_kind_of_layer_occurs_in_the_catalog(kind: type) -> None:
-    assert any(isinstance(layer, kind) for name in EVERY for _, layer in model(name).counted)
+def test_a_kind_of_layer_occurs_in_the_catalog_or_is_known_not_to(kind: type) -> None:
+    found = any(isinstance(layer, kind) for name in EVERY for _, layer in model(name).counted)
+    assert found == (kind.__name__ not in ELSEWHERE)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -181,7 +188,8 @@ def test_a_model_is_whole(name: str) -> None:
     assert isinstance(spec.embedding, Embedding)
     assert isinstance(spec.head, Head)
     assert len(spec.mixers) == len({mixer for _, mixer in spec.mixers})
-    assert sum(count for count, _ in spec.mixers) == spec.num_layers
+    if all(len(block) == 2 for block in spec.kinds):
+        assert sum(count for count, _ in spec.mixers) == spec.num_layers
     assert spec.reach.declared_tokens is None or spec.reach.declared_tokens > 1000
     assert all(isinstance(told, str) and "\n" not in told for told in spec.warnings)
 
@@ -213,7 +221,7 @@ def test_an_fp8_cache_is_half_of_a_bf16_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in MAIN if "DeepSeek" not in n and "Kimi" not in n])
 def test_a_format_made_for_latents_is_refused_elsewhere(name: str) -> None:
-    with pytest.raises(ValueError, match="fp8_ds_mla.*only for models with a latent cache.*use fp8"):
+    with pytest.raises(ValueError, match="fp8_ds_mla.*stores latents of 512 and the model keeps keys and values by head; use fp8"):
         with_formats(model(name), None, "fp8_ds_mla")
 
 
@@ -244,11 +252,6 @@ def test_the_cache_precision_of_a_checkpoint_is_kept() -> None:
     for scheme in ({"kv_cache_quant_algo": "FP8"}, {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}):
         spec = read_config({**config_of("meta-llama/Meta-Llama-3.1-8B"), "quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", **scheme}}, "x")
         assert spec.cache.name == "fp8"
-
-
-def test_a_mixer_that_is_not_modelled_is_named_and_bounded() -> None:
-    spec = read_config({**config_of("deepseek-ai/DeepSeek-V3"), "index_topk": 2048}, "V3.2")
-    assert any("index_topk" in told and "upper bound" in told for told in spec.warnings)
 
 
 # ---- ways to name a model
@@ -381,9 +384,16 @@ EXTRA = (
     "head_dim", "rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", "quantization_config", "moe_layers", "mlp_only_layers",
     "moe_layer_freq", "decoder_sparse_step", "dual_chunk_attention_config", "shared_expert_intermediate_size", "intermediate_size_mlp", "text_config",
     "model_type", "torch_dtype", "dtype", "tie_word_embeddings", "kv_lora_rank", "num_experts", "max_position_embeddings", "interleave_moe_layer_step",
+    "hybrid_override_pattern", "attn_type_list", "linear_attn_config", "attn_layer_period", "block_configs", "compress_ratios", "indexer_types", "mlp_layer_types",
+    "attention_window", "mamba_expand", "mamba_dt_rank", "time_step_rank", "mamba_ssm_dtype", "state_size", "n_groups", "hc_mult", "moe_latent_size", "num_hash_layers",
+    "moba_topk", "expert_dtype", "num_nextn_predict_layers", "full_attention_interval", "conv_kernel", "expansion_ratio", "kda", "only", "spelled as",
 )  # fmt: skip
 #: A stack of 10**9 layers is a test of its own; here it would only be slow.
-CHANGEABLE = {name: sorted(({*config_of(name), *EXTRA}) - {"num_hidden_layers"}) for name in ("meta-llama/Meta-Llama-3.1-8B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-20b", "Qwen/Qwen3-30B-A3B")}
+CHANGEABLE = {name: sorted(({*config_of(name), *EXTRA}) - {"num_hidden_layers", "n_layer", "n_layers"}) for name in (
+    "meta-llama/Meta-Llama-3.1-8B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-20b", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-Next-80B-A3B", "deepseek-ai/DeepSeek-V4-Flash",
+    "ai21labs/Jamba-v0.1", "moonshotai/Kimi-Linear-48B-A3B-Instruct", "nvidia/Nemotron-3-Nano", "MiniMaxAI/MiniMax-M1", "allenai/longformer-base-4096", "zai-org/GLM-5.2",
+    "nvidia/Llama-3_3-Nemotron-Super-49B-v1", "state-spaces/mamba-2.8b.ov_mirror", "mosaicml/mpt-7b-storywriter", "google/bigbird-roberta-base", "microsoft/Samba-1.3B",
+)}
 
 
 @settings(max_examples=400)

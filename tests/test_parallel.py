@@ -365,10 +365,11 @@ def test_a_refusal_names_the_value_the_rule_and_the_remedy(name: str, degrees: d
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_remedy_of_a_tensor_degree_is_accepted_by_heads(name: str) -> None:
-    (told,) = [line for line in refusals(name, tp=7 if model(name).mixers[0][1].num_attention_heads % 7 else 11) if "attention heads" in line]  # type: ignore[attr-defined]
+def test_every_remedy_of_a_tensor_degree_is_accepted(name: str) -> None:
+    units = model(name).mixers[0][1].splits[0]
+    (told,) = [line for line in refusals(name, tp=7 if units.units % 7 else 11) if units.name in line]
     for degree in told.rsplit(": ", 1)[1].split(", "):
-        assert not any("attention heads" in line for line in refusals(name, tp=int(degree)))
+        assert not any(units.name in line for line in refusals(name, tp=int(degree)))
 
 
 @pytest.mark.parametrize("name", EVERY)

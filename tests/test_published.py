@@ -12,6 +12,7 @@ from simulator import Layout
 from simulator.data import data_path
 from simulator.dtypes import CACHE_FORMATS, CacheRow
 from simulator.engines import Vllm
+from simulator.engines.vllm_pages import Table, pool_bytes
 from simulator.hf import catalog, with_formats
 from simulator.kernels.elementwise import activation
 from simulator.layers import GatedMLP, LatentAttention
@@ -56,7 +57,8 @@ def cache_per_token(spec: ModelSpec, tp: int) -> float:
 def per_token_per_gpu(row: Row, spec: ModelSpec) -> tuple[float, float]:
     given = inputs(row)
     pool = number(given["available_kv"]) if "available_kv" in given else number(given["K"]) + number(given["V"])
-    return pool * GIB / float(row["value"]), cache_per_token(spec, tensor_ranks(row))
+    stored = with_formats(spec, None, given.get("cache"))
+    return pool * GIB / float(row["value"]), cache_per_token(stored, tensor_ranks(row))
 
 
 def weights_per_gpu(row: Row, spec: ModelSpec) -> tuple[float, float]:
@@ -66,6 +68,55 @@ def weights_per_gpu(row: Row, spec: ModelSpec) -> tuple[float, float]:
 def tokens_of_blocks(row: Row, spec: ModelSpec) -> tuple[float, float]:
     blocks, size = inputs(row)["blocks"].split("x")
     return float(row["value"]), float(blocks) * float(size)
+
+
+def pages(row: Row, spec: ModelSpec) -> tuple[float, Callable[[float], float], list[Table]]:
+    """Bytes of a pool block, blocks of a request, and the groups, as a row's engine was started."""
+    given = inputs(row)
+    stored, part = with_formats(spec, None, given.get("cache")), machine("h100", 8)
+    dcp = int(row["parallelism"].split("dcp=")[1].split(";")[0]) if "dcp=" in row["parallelism"] else 1
+    layout = Layout(tp=tensor_ranks(row), dcp=dcp)
+    copies = int(given["state_copies"]) if "state_copies" in given else None
+    engine = Vllm(chunk=int(given.get("chunk", 8192)), state_copies=copies, block_size=64 if given.get("cache") == "fp8_ds_mla" else None)
+    found = engine.tables(stored, layout, part.gpu)
+    extra = int(given.get("extra_layers", 0)) / spec.num_layers
+    return float(pool_bytes(stored, layout, found)) * (1 + extra), lambda tokens: sum(float(t.count(tokens)) for t in found), found
+
+
+def vllm_tokens(row: Row, spec: ModelSpec) -> tuple[float, float]:
+    pool, blocks, _ = pages(row, spec)
+    given = inputs(row)
+    length = number(given["max_model_len"])
+    return float(row["value"]), int(number(given["available_kv"]) * GIB // pool / blocks(length) * length)
+
+
+def vllm_tokens_by_group(row: Row, spec: ModelSpec) -> tuple[float, float]:
+    pool, _, found = pages(row, spec)
+    return float(row["value"]), number(inputs(row)["available_kv"]) * GIB // pool // len(found) * float(found[0].block)
+
+
+def vllm_bytes_per_sequence(row: Row, spec: ModelSpec) -> tuple[float, float]:
+    pool, blocks, _ = pages(row, spec)
+    return float(row["value"]) * GIB, blocks(float(row["context_len"])) * pool
+
+
+def vllm_longest(row: Row, spec: ModelSpec) -> tuple[float, float]:
+    pool, blocks, _ = pages(row, spec)
+    fits = number(inputs(row)["available_kv"]) * GIB // pool
+    return float(row["value"]), float(max((n for n in range(0, 2**18, 64) if blocks(float(n)) <= fits), default=0))
+
+
+def vllm_bytes_of_sequences(row: Row, spec: ModelSpec) -> tuple[float, float]:
+    pool, blocks, _ = pages(row, spec)
+    return float(row["value"]) * GIB, int(inputs(row)["sequences"]) * blocks(float(row["context_len"])) * pool
+
+
+def bytes_of_sequences(row: Row, spec: ModelSpec) -> tuple[float, float]:
+    return float(row["value"]) * GIB, int(inputs(row)["sequences"]) * spec.cache_bytes(float(row["context_len"]))
+
+
+def growing_bytes_per_sequence(row: Row, spec: ModelSpec) -> tuple[float, float]:
+    return float(row["value"]) * GIB, spec.slope() * float(row["context_len"])
 
 
 def per_sequence(row: Row, spec: ModelSpec) -> tuple[float, float]:
@@ -97,7 +148,9 @@ def mlp_activation(row: Row, spec: ModelSpec) -> tuple[float, float]:
 QUANTITIES: dict[str, Callable[[Row, ModelSpec], tuple[float, float]]] = {
     "bytes_per_token_per_gpu": per_token_per_gpu, "weight_bytes_per_gpu": weights_per_gpu, "tokens_of_blocks": tokens_of_blocks,
     "bytes_per_sequence": per_sequence, "bytes_per_token_per_layer": per_token_per_layer, "longest_context": longest_context, "vram_bytes": vram,
-    "mlp_activation_bytes": mlp_activation,
+    "mlp_activation_bytes": mlp_activation, "vllm_tokens": vllm_tokens, "vllm_tokens_by_group": vllm_tokens_by_group,
+    "vllm_bytes_per_sequence": vllm_bytes_per_sequence, "vllm_longest": vllm_longest, "vllm_bytes_of_sequences": vllm_bytes_of_sequences,
+    "bytes_of_sequences": bytes_of_sequences, "growing_bytes_per_sequence": growing_bytes_per_sequence,
 }  # fmt: skip
 
 

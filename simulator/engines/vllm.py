@@ -20,15 +20,16 @@ import numpy as np
 
 from simulator.data import data_path
 from simulator.dtypes import BF16
+from simulator.engines.allocation import Allocation, refuse
+from simulator.engines.paging import Demand, check_kept
+from simulator.engines.vllm_pages import Group, Table, groups, pool_bytes, prefix_tokens, tables
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster, Gpu
-from simulator.kernels.attention import Causal, Chunked, Mask, Segment, Window
 from simulator.layers import Attention, LatentAttention, MoE
-from simulator.layers.layer import Mixer, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
-from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
+from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, where
 from simulator.work import Op
 
 
@@ -39,15 +40,6 @@ def _facts() -> dict[str, Any]:
 
 def _fact(table: str, name: str) -> Any:
     return _facts()[table][name]["value"]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Layers that share block tables: `window` tokens live plus those in flight, None for all tokens."""
-
-    layers: tuple[int, ...]
-    window: int | None
-    whole_block: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +58,7 @@ class Capacity:
     blocks_per_sequence: Count
     max_model_len: int
     replicas: Count
+    prefix_tokens: int = 1
 
     @property
     def per_sequence_bytes(self) -> Bytes:
@@ -99,7 +92,7 @@ class Capacity:
 
     @property
     def log_lines(self) -> tuple[str, str]:
-        """The two statements vLLM prints when it starts (one line since 0.28)."""
+        """The two statements vLLM prints when it starts (on one line since 0.28)."""
         return (
             f"GPU KV cache size: {self.tokens:,} tokens",
             f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.concurrency:.2f}x",
@@ -114,8 +107,11 @@ class Vllm:
     block_size: int | None = None
     chunk: int | None = None
     max_num_seqs: int | None = None
+    prefix_caching: bool = True
+    state_copies: int | None = None
 
     name = "vllm"
+    title = "vLLM"
 
     @property
     def version(self) -> str:
@@ -197,56 +193,34 @@ class Vllm:
         )
 
     def groups(self, model: ModelSpec) -> list[Group]:
-        """Layers by what they keep, split so that every group has the same number (hybrid KV cache manager).
+        """Caches that share block tables."""
+        return groups(model)
 
-        Buckets of equal layers; the group size is that of the smallest bucket, or of the largest if that is less than
-        1.5 times it.
-        """
-        kinds: dict[tuple[int | None, bool], list[int]] = {}
-        kept = [[_kept(layer) for layer in block if is_mixer(layer)] for block in model.kinds]
-        for index, kind in enumerate(model.order):
-            for what in kept[kind]:
-                kinds.setdefault(what, []).append(index)
-        if len(kinds) == 1:
-            ((window, whole), layers), = kinds.items()
-            return [Group(tuple(layers), window, whole)]
-        sizes = [len(layers) for layers in kinds.values()]
-        size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
-        found = []
-        for (window, whole), layers in kinds.items():
-            parts = -(-len(layers) // size)
-            found += [Group(tuple(layers[i::parts]), window, whole) for i in range(parts)]
-        return found
+    def tables(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> list[Table]:
+        """Every group with its block, its pages and the blocks a request takes of it."""
+        check_kept(model)
+        copies = int(_fact("memory", "state_copies" if self.prefix_caching else "state_copies_uncached"))
+        return tables(
+            model, layout, block=self.block_tokens(model, gpu), in_flight=self._in_flight(layout, gpu), state_copies=self.state_copies or copies,
+        )  # fmt: skip
 
     def blocks_per_sequence(self, model: ModelSpec, layout: Layout, gpu: Gpu, tokens: Tokens) -> Count:
         """Pool blocks one request of `tokens` takes: every group its own."""
-        return self._blocks(model, layout, gpu)(tokens)
+        return self._blocks(self.tables(model, layout, gpu))(tokens)
 
-    def _blocks(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> Callable[[Tokens], Count]:
-        """Pool blocks as a function of tokens.
-
-        full: ceil(ceil(L / dcp) / b); window W: ceil(min(W - 1 + F, L) / b) + 1; chunk K: ceil(min(K + F, L) / b), F tokens
-        in flight.
-        """
-        block, flight, groups = float(self.block_tokens(model, gpu)), self._in_flight(model, layout, gpu), self.groups(model)
-
+    @staticmethod
+    def _blocks(found: list[Table]) -> Callable[[Tokens], Count]:
         def count(tokens: Tokens) -> Count:
             total: Count = 0.0
-            for group in groups:
-                if group.window is None:
-                    total = total + ceil(ceil(tokens / layout.dcp) / block)
-                elif group.whole_block:
-                    total = total + ceil(minimum(group.window + flight, tokens) / block)
-                else:
-                    total = total + ceil(minimum(group.window - 1 + flight, tokens) / block) + 1
+            for table in found:
+                total = total + table.count(tokens)
             return total
 
         return count
 
-    def _in_flight(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> Tokens:
-        """Tokens scheduled but not yet computed: asynchronous scheduling keeps pp + 1 batches (2, or pp, for MoE)."""
-        batches = layout.pp + 1.0 if _is_dense(model) else maximum(layout.pp * 1.0, 2.0)
-        return batches * self.step_tokens(gpu)
+    def _in_flight(self, layout: Layout, gpu: Gpu) -> Tokens:
+        """Tokens scheduled but not yet computed: asynchronous scheduling keeps pp + 1 batches."""
+        return (layout.pp + 1.0) * self.step_tokens(gpu)
 
     def capacity(self, model: ModelSpec, layout: Layout, cluster: Cluster, max_model_len: int) -> Capacity:
         """What vLLM has left for the cache, and what it makes of it; for one layout or an array of them."""
@@ -254,38 +228,31 @@ class Vllm:
         held = self.footprint(model, layout, cluster)
         usable = float(gpu.usable_bytes) * self.fraction
         available = usable - held.total
-        pool = self._pool_bytes(model, layout, gpu)
+        found = self.tables(model, layout, gpu)
+        pool = pool_bytes(model, layout, found)
         return Capacity(
             footprint=held, usable_bytes=usable, available_bytes=available, block_bytes=pool,
-            blocks=maximum(floor(available / pool), 0.0),
-            blocks_per_sequence=self.blocks_per_sequence(model, layout, gpu, float(max_model_len)),
-            max_model_len=max_model_len, replicas=layout.dp * layout.dp_attention * 1.0,
+            blocks=maximum(floor(available / pool), 0.0), blocks_per_sequence=self._blocks(found)(float(max_model_len)),
+            max_model_len=max_model_len, replicas=layout.dp * layout.dp_attention * 1.0, prefix_tokens=prefix_tokens(found, layout.dcp),
         )  # fmt: skip
 
-    def _pool_bytes(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> Bytes:
-        """One pool block: a page of the widest row for each layer a stage holds of its fullest group."""
-        row: Bytes = 0.0
-        placed, asked = layout.place(model), (Segment(1.0, 0.0, 1.0),)
-        for _, layer in model.mixers:
-            row = maximum(row, model.cache.row_bytes(layer.cache_row(placed.shard(layer, asked))))
-        page = self.block_tokens(model, gpu) * row
-        if not isinstance(layout.pp, np.ndarray):
-            return page * self._layers_per_block(model, int(layout.pp))
-        sizes = {int(p): self._layers_per_block(model, int(p)) for p in np.unique(layout.pp)}
-        return page * np.array([float(sizes[int(p)]) for p in layout.pp])
-
-    def _layers_per_block(self, model: ModelSpec, stages: int) -> int:
-        """The most layers of one group on one of `stages` pipeline stages."""
-        ends = np.cumsum([sum(float(c) for c in stage.counts) for stage in Layout(pp=stages).pipeline.stages(model)])
-        most, groups = 0, self.groups(model)
-        for group in groups:
-            stage_of = np.searchsorted(ends, np.array(group.layers), side="right")
-            most = max(most, int(np.bincount(stage_of).max()))
-        return most
+    def allocation(self, model: ModelSpec, layout: Layout, cluster: Cluster, max_model_len: int) -> Allocation:
+        """`capacity` in the form every engine answers in."""
+        if model.cache.name not in _facts()["cache_dtypes"]:
+            known = ", ".join(_facts()["cache_dtypes"])
+            raise refuse(self.title, self.version, f"no {model.cache.name} cache; it offers {known}")
+        held = self.capacity(model, layout, cluster, max_model_len)
+        found = self.tables(model, layout, cluster.gpu)
+        return Allocation(
+            engine=self.name, title=self.title, version=self.version, available_bytes=float(held.available_bytes),
+            per_sequence_bytes=float(held.per_sequence_bytes), max_concurrency=float(held.concurrency), capacity_tokens=held.tokens,
+            replicas=int(held.replicas), prefix_tokens=held.prefix_tokens, log=held.log_lines,
+            note=_told(found, float(held.block_bytes), self._in_flight(layout, cluster.gpu)),
+        )  # fmt: skip
 
     def longest(self, model: ModelSpec, layout: Layout, cluster: Cluster, capacity: Capacity, sequences: int = 1) -> Tokens:
         """The longest context at which `sequences` requests fit together, by bisection; 0 where not even one token."""
-        each, blocks = ceil(sequences / capacity.replicas), self._blocks(model, layout, cluster.gpu)
+        each, blocks = ceil(sequences / capacity.replicas), self._blocks(self.tables(model, layout, cluster.gpu))
         low, high = 0.0 * capacity.blocks, 2.0**34 + 0.0 * capacity.blocks
         for _ in range(35):
             middle = floor((low + high + 1) / 2)
@@ -294,6 +261,14 @@ class Vllm:
         return low
 
     # ---- launching
+
+    def warnings(self, model: ModelSpec) -> list[str]:
+        """What it does not offer of a model."""
+        offered = _facts()["cache_dtypes"]
+        if model.cache.name in offered:
+            return []
+        told = f"vLLM {self.version} offers no {model.cache.name} cache (only {', '.join(offered)})"
+        return [f"{told}: its rows are counted in vLLM's blocks, there is no command"]
 
     def refusals(self, model: ModelSpec, layout: Layout, gpus_per_node: int = 8) -> Iterator[str]:
         """What vLLM refuses beyond the schemes' own rules."""
@@ -334,7 +309,7 @@ class Vllm:
             return json.dumps({"rope_parameters": scaled})
         return json.dumps({"max_position_embeddings": context})
 
-    def command(self, model: ModelSpec, layout: Layout, cluster: Cluster, *, context: int, concurrency: int) -> tuple[str, list[str]]:
+    def command(self, model: ModelSpec, layout: Layout, cluster: Cluster, *, context: int, concurrency: int) -> tuple[str | None, list[str]]:
         """A `vllm serve` line, and what one must know beside it."""
         notes: list[str] = []
         served = model.name
@@ -360,9 +335,10 @@ class Vllm:
         if override:
             flags.append(("hf-overrides", override))
         if model.cache != model.checkpoint_cache or model.cache.bits < BF16.bits:
-            flags.append(("kv-cache-dtype", _CACHE_DTYPES[model.cache.name]))
-        if model.cache.name == "int8":
-            notes.append("vLLM's int8 cache keeps a scale per token and head beside the row: a few per cent more than counted here")
+            flags.append(("kv-cache-dtype", _facts()["cache_dtypes"].get(model.cache.name, model.cache.name)))
+        if model.cache.name not in _facts()["cache_dtypes"]:
+            offered = ", ".join(_facts()["cache_dtypes"])
+            return None, [f"no command: vLLM {self.version} has no {model.cache.name} cache; it offers {offered}"]
         if self.block_size:
             flags.append(("block-size", self.block_size))
         flags += [("gpu-memory-utilization", self.fraction), ("max-num-batched-tokens", self.step_tokens(cluster.gpu))]
@@ -382,23 +358,21 @@ class Vllm:
         return " ".join(["vllm serve", shlex.quote(served), *words]), notes
 
 
-#: vLLM's names of cache formats (config/cache.py).
-_CACHE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8", "int8": "int8_per_token_head", "fp8_ds_mla": "fp8_ds_mla"}
+def _told(found: list[Table], pool: float, in_flight: Tokens) -> str:
+    """What the pages are, for people."""
+    sizes = dict.fromkeys(f"{float(table.block):,.0f}" for table in found)
+    told = f"blocks of {', '.join(sizes)} tokens, {pool / 2**20:.2f} MiB, {len(found)} group{'s' if len(found) > 1 else ''}"
+    if any(table.group.demand in (Demand.WINDOW, Demand.CHUNK, Demand.RING) for table in found):
+        told += f"; windows also hold the {float(in_flight):,.0f} tokens in flight"
+    copies = {int(float(table.count(2.0**20))) for table in found if table.group.demand is Demand.STATE}
+    if copies:
+        told += f"; a state takes {copies.pop()} whole block{'s' if copies != {1} else ''} per group"
+    return told
 
 
 def _is_dense(model: ModelSpec) -> bool:
-    """Dense models run on vLLM's second model runner, which reserves nothing for CUDA graphs and keeps pp + 1 batches."""
+    """Dense models: no published log shows memory reserved for their CUDA graphs."""
     return not any(isinstance(layer, MoE) for layer in model.layers)
-
-
-def _kept(layer: Mixer) -> tuple[int | None, bool]:
-    """(window or chunk, counts whole blocks) of a layer."""
-    mask: Mask = getattr(layer, "mask", Causal())
-    if isinstance(mask, Window):
-        return mask.width, False
-    if isinstance(mask, Chunked):
-        return mask.width, True
-    return None, False
 
 
 __all__ = ["Capacity", "Group", "Mixed", "Prefill", "Vllm"]

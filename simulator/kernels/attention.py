@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from simulator.dtypes import BF16, C_BF16, CacheFormat, DType
+from simulator.dtypes import BF16, C_BF16, CacheFormat, CacheRow, DType
 from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum, tri, where
 from simulator.work import Aside, Op
 
@@ -64,11 +64,12 @@ class Mask(Protocol):
     def seen(self, segment: Segment) -> Seen:
         """Pairs, live keys and keys of a segment."""
 
-    def stored(self, context: Num) -> Tokens:
-        """Tokens whose rows must be kept to continue after `context` tokens."""
+    @property
+    def most(self) -> int | None:
+        """Tokens whose rows must be kept to continue, at most; None for all, 0 where nothing continues."""
 
 
-def _mean_pairs(mask: Mask, segment: Segment) -> Count:
+def mean_pairs(mask: Mask, segment: Segment) -> Count:
     """(F(P + rC) - F(P)) / r: the pairs of one chunk, averaged over a run."""
     end = segment.prefix + segment.chunks * segment.new_tokens
     return (mask.cumulative(end) - mask.cumulative(segment.prefix)) / segment.chunks
@@ -88,9 +89,10 @@ class Causal:
         context = prefix + segment.new_tokens
         return Seen(segment.new_tokens * prefix + tri(segment.new_tokens), context, context)
 
-    def stored(self, context: Num) -> Tokens:
-        """All."""
-        return context
+    @property
+    def most(self) -> int | None:
+        """All are kept."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +112,82 @@ class Window:
         """Live min(P, W - 1) + C; keys min(P + C, W)."""
         prefix = segment.mean_prefix
         live = minimum(prefix, self.width - 1) + segment.new_tokens
-        return Seen(_mean_pairs(self, segment), live, minimum(prefix + segment.new_tokens, self.width))
+        return Seen(mean_pairs(self, segment), live, minimum(prefix + segment.new_tokens, self.width))
 
-    def stored(self, context: Num) -> Tokens:
-        """min(t, W): a rolling buffer."""
-        return minimum(context, self.width)
+    @property
+    def most(self) -> int | None:
+        """W: a rolling buffer."""
+        return self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Sinks:
+    """The first `sinks` keys and the last `width` (StreamingLLM): a window of s + W slots.
+
+    F(n) as a window of s + W: the sinks leave the window when they would slide out of it.  Source: FORMULAS 1.6;
+    2309.17453 section 3.2.
+
+    >>> pairs(Sinks(4, 2044), Segment(1, 1048576, 0))
+    2145387520.0
+    """
+
+    sinks: int
+    width: int
+
+    @property
+    def slots(self) -> Window:
+        """The window that keeps as many keys."""
+        return Window(self.sinks + self.width)
+
+    def cumulative(self, n: Num) -> Count:
+        """That of s + W keys."""
+        return self.slots.cumulative(n)
+
+    def seen(self, segment: Segment) -> Seen:
+        """That of s + W keys."""
+        return self.slots.seen(segment)
+
+    @property
+    def most(self) -> int | None:
+        """S + W: fixed."""
+        return self.sinks + self.width
+
+
+@dataclass(frozen=True, slots=True)
+class DualChunk:
+    """Every key, at positions folded into chunks of `chunk_size` - `local_size` (Qwen2.5-1M): each key is scored once, by
+    the query's rotation for its own chunk, for the one before, or for all earlier.  Source: 2402.17463 section 3;
+    vLLM 0.9 dual_chunk_flash_attn.py.
+    """
+
+    chunk_size: int
+    local_size: int
+
+    @property
+    def stride(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+    def cumulative(self, n: Num) -> Count:
+        """N (n + 1) / 2."""
+        return tri(n)
+
+    def parts(self, n: Num) -> tuple[Count, Count, Count]:
+        """Pairs of queries 1..n within their chunk, with the chunk before, with all earlier ones."""
+        whole = floor(n / self.stride)
+        rest = n - whole * self.stride
+        within = whole * tri(self.stride * 1.0) + tri(rest)
+        before = maximum(whole - 1, 0.0) * (self.stride * self.stride) + where(whole > 0, rest * self.stride, 0.0)
+        return within, before, tri(n) - within - before
+
+    def seen(self, segment: Segment) -> Seen:
+        """As causal."""
+        return Causal().seen(segment)
+
+    @property
+    def most(self) -> int | None:
+        """All are kept."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +204,15 @@ class Chunked:
     def seen(self, segment: Segment) -> Seen:
         """Live (P mod K) + C; over a run, where the phase of P repeats, the mean that its pairs imply."""
         prefix, new = segment.mean_prefix, segment.new_tokens
-        scored = _mean_pairs(self, segment)
+        scored = mean_pairs(self, segment)
         inside = prefix - floor(prefix / self.width) * self.width
         by_pairs = maximum(scored / maximum(new, 1.0) - 0.5 * (new + 1), 0.0)
         return Seen(scored, where(segment.chunks > 1, by_pairs, inside) + new, minimum(prefix + new, self.width))
 
-    def stored(self, context: Num) -> Tokens:
-        """At most K: the bound a server must plan for (the live count is a sawtooth 1..K)."""
-        return minimum(context, self.width)
+    @property
+    def most(self) -> int | None:
+        """K: the bound a server must plan for (the live count is a sawtooth 1..K)."""
+        return self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +228,17 @@ class Bidirectional:
         context = segment.context
         return Seen(segment.new_tokens * context, context, context)
 
-    def stored(self, context: Num) -> Tokens:  # noqa: ARG002 (an encoder keeps nothing)
-        """Nothing is kept."""
+    @property
+    def most(self) -> int | None:
+        """Nothing is kept: an encoder does not continue."""
+        return 0
+
+
+def _edges(mask: Mask, live: Tokens) -> Num:
+    """How many edges of a query tile's keys are masked: the diagonal, and a window's other end once it hides keys."""
+    if isinstance(mask, Bidirectional):
         return 0.0
+    return where(live > mask.width, 2.0, 1.0) if isinstance(mask, Window) else 1.0
 
 
 def pairs(mask: Mask, segment: Segment) -> Count:
@@ -184,13 +266,14 @@ def attention(
     impl: str = "",
     backward: bool = False,
     learned_sinks: bool = False,
+    shared_kv: bool = False,
 ) -> Op:
     """Softmax(Q K^T) V of one segment.
 
     forward: flops = 2 heads (d_k + d_v) pairs; one exponential per pair (one more per row with a learned sink).
     backward: model 2 x forward, executed 2 heads (3 d_k + 2 d_v) pairs (scores recomputed, dV, dP, dQ, dK).
     bytes, each once: Q and O for new tokens, K and V rows of all live keys in the cache's format, LSE (fp32); backward
-    adds dO, dQ, dK, dV.  Grouping of heads changes the bytes, never the flops.
+    adds dO, dQ, dK, dV.  `shared_kv`: a key is its own value, read once.  Grouping of heads changes the bytes, never the flops.
     Neglected: masks of documents, dropout.  Source: FORMULAS 1.2, 3.3, 3.4; FlashAttention-2 (2307.08691) section 3.
 
     >>> attention("core", Segment(1, 131072, 0), heads=64, kv_heads=8, head_dim=128).tensor_flops
@@ -202,21 +285,23 @@ def attention(
     tokens, live = segment.tokens, segment.sequences * seen.live
     scores = heads * (segment.sequences * seen.pairs)
     forward = scores * (2.0 * (d_k + d_v))
-    row_bytes = kv_heads * ((d_k + d_v) * ((cache.bits + cache.scale_bits / cache.block) / 8))
+    kept = d_k if shared_kv else d_k + d_v
+    row_bytes = cache.row_bytes(CacheRow(kv_heads * kept, vectors=kv_heads * (1 if shared_kv else 2)))
     io_bytes = tokens * heads * ((d_k + d_v) * dtype.bytes)
     shape = {
         "sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": d_k,
         "v_head_dim": d_v, "scores": scores, "keys": seen.keys, "live": live, "row_bytes": row_bytes,
-        "masked": 0.0 if isinstance(mask, Bidirectional) else 1.0,
+        "masked": _edges(mask, seen.live),
     }  # fmt: skip
 
     def saved() -> Bytes:
-        return io_bytes + tokens * (kv_heads * ((d_k + d_v) * dtype.bytes) + 4.0 * heads)
+        return io_bytes + tokens * (kv_heads * (kept * dtype.bytes) + 4.0 * heads)
 
     if not backward:
         extra = tokens * heads if learned_sinks else 0.0
         return Op(
-            name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name, tensor_flops=forward,
+            name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name,
+            operands=cache.name if cache.bits < dtype.bits else "", tensor_flops=forward,
             exponentials=scores + extra if learned_sinks else scores, model_flops=forward,
             hbm_bytes=io_bytes + live * row_bytes, shape=shape, aside=lambda: Aside(scores * 5.0, io_bytes, saved()),
         )  # fmt: skip

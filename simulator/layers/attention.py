@@ -9,20 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simulator.dtypes import BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
-from simulator.kernels.attention import Causal, Mask, Segment, attention
-from simulator.kernels.elementwise import backward, copy, norm, rotary
+from simulator.kernels.attention import Causal, DualChunk, Mask, Segment, attention
+from simulator.kernels.elementwise import activation, backward, copy, norm, rotary
 from simulator.kernels.gemm import gemm, gemm_backward
-from simulator.layers.layer import Direction, Module, Slice, cached_bytes, shared_share
-from simulator.units import Bytes, Num, Tokens
+from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, Split, StateRules, shared_share
+from simulator.units import Num
 from simulator.work import Op, Serial, Work
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(Remembers):
     """MHA (h = g), GQA, MQA (g = 1).
 
     Parameters: (h + 2 g) d D + h d D, plus biases, QK-norm (2 d) and the block's norm (D).
-    `rotary_dim` 0 is NoPE.  `mask` is causal, windowed or chunked.  Source: FORMULAS 1.1, 1.2, 2.1.
+    `rotary_dim` 0 is NoPE (or ALiBi, or positions added to the embedding).  `second_mask` is that of the other half of
+    the heads (Sparse Transformer).  `output_gate` doubles the query projection (Qwen3-Next).  `shared_kv`: keys are the
+    values.  `shares_cache`: keys and values of an earlier layer are read, none are made or kept.  `global_projections`:
+    Q, K and V once more for global tokens (Longformer), used by few and counted as weights alone.  `qk_norm_full`: QK-norm
+    over all heads together (MiniMax-M2).  `norm_parameters`: vectors of D in the block's norms (2: with bias, or a norm
+    after the block too).  Source: FORMULAS 1.1, 1.2, 2.1.
     """
 
     hidden_size: int
@@ -36,9 +41,13 @@ class Attention:
     qk_norm: bool = False
     learned_sinks: bool = False
     weight: WeightFormat = W_BF16
-
-    #: A rank that shares caches gathers queries, not the past (FlashAttention backends of vLLM under DCP).
-    gathers_past = False
+    output_gate: bool = False
+    shared_kv: bool = False
+    shares_cache: bool = False
+    qk_norm_full: bool = False
+    second_mask: Mask | None = None
+    global_projections: bool = False
+    norm_parameters: int = 1
 
     def whole(self, segments: tuple[Segment, ...]) -> Slice:
         """All heads."""
@@ -46,34 +55,47 @@ class Attention:
 
     def modules(self, held: Slice) -> Sequence[Module]:
         """Key-value heads never fall below one: with more ranks than heads they are replicated."""
-        d, width = self.head_dim, self.hidden_size
+        d, width, query, kept = self.head_dim, self.hidden_size, self._query_width(held), self._kept_width(held)
         found = [
-            Module("q_proj", held.heads * (d * width), self.weight),
-            Module("kv_proj", held.kv_heads * (2 * d * width), self.weight),
+            Module("q_proj", query * width, self.weight),
             Module("o_proj", held.heads * (d * width), self.weight),
-            Module("input_layernorm", float(width), W_BF16, replicated=True),
+            Module("input_layernorm", float(self.norm_parameters * width), W_BF16, replicated=True),
         ]
+        if not self.shares_cache:
+            found.append(Module("kv_proj", kept * width, self.weight))
+        if self.global_projections:
+            found.append(Module("global_qkv_proj", (query + kept) * (width + 1), self.weight))
         if self.attention_bias:
-            found.append(Module("qkv_bias", (held.heads + 2 * held.kv_heads) * d, W_BF16))
+            found.append(Module("qkv_bias", query + kept, W_BF16))
         if self.output_bias:
             found.append(Module("o_bias", float(width), W_BF16, replicated=True))
         if self.qk_norm:
             found.append(Module("qk_norm", 2.0 * d, W_BF16, replicated=True))
+        if self.qk_norm_full:
+            found.append(Module("qk_norm", (held.heads + held.kv_heads) * d, W_BF16))
         if self.learned_sinks:
             found.append(Module("sinks", held.heads, W_BF16))
         return found
 
-    def cache_row(self, held: Slice) -> CacheRow:
-        """Keys and values of the local key-value heads: 2 g d."""
-        return CacheRow(held.kv_heads * (2 * self.head_dim))
+    def kept(self, held: Slice, rules: StateRules = ARCHITECTURE) -> tuple[Kept, ...]:  # noqa: ARG002 (rows alone)
+        """Keys and values of the local key-value heads, 2 g d, of the tokens the mask keeps."""
+        if self.mask.most == 0 or self.shares_cache:
+            return ()
+        most = self.mask.most if self.second_mask is None or self.second_mask.most is not None else None
+        return (Kept(Keep.ROWS, CacheRow(self._kept_width(held), vectors=held.kv_heads * (1 if self.shared_kv else 2)), most=most),)
 
-    def stored_tokens(self, context: Num) -> Tokens:
-        """What the mask keeps."""
-        return self.mask.stored(context)
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Heads are divided; key-value heads beyond their number are copied."""
+        return (Split("attention heads", self.num_attention_heads), Split("key-value heads", self.num_key_value_heads, copied=True))
 
-    def state_bytes(self, held: Slice, cache: CacheFormat) -> Bytes:
-        """Sum over segments: sequences x stored tokens x row."""
-        return cached_bytes(self, held, cache)
+    def _query_width(self, held: Slice) -> Num:
+        return held.heads * ((2 if self.output_gate else 1) * self.head_dim)
+
+    def _kept_width(self, held: Slice) -> Num:
+        if self.shares_cache:
+            return 0.0
+        return held.kv_heads * ((1 if self.shared_kv else 2) * self.head_dim)
 
     def query_elements(self, held: Slice) -> Num:
         """Query elements per token on this rank: h d."""
@@ -86,38 +108,53 @@ class Attention:
     def work(self, held: Slice, direction: Direction = Direction.FORWARD, *, cache: CacheFormat) -> Work:
         """norm, qkv, [QK-norm], rotary, cache write, core, o."""
         tokens, d, width = held.tokens, self.head_dim, float(self.hidden_size)
-        qkv = (held.heads + 2 * held.kv_heads) * d
+        kept = self._kept_width(held)
+        qkv = self._query_width(held) + kept
         first = norm("attention norm", tokens=tokens, width=width)
         turned = self._position(held, tokens)
         if direction is Direction.BACKWARD:
             return Serial([
                 gemm_backward("o", m=tokens, n=width, k=held.heads * d, weight=self.weight),
-                *(self._core(held, segment, cache, is_backward=True) for segment in held.segments),
+                *(backward(op) for op in self._gate(held, tokens)),
+                *(op for segment in held.segments for op in self._core(held, segment, cache, is_backward=True)),
                 *(backward(op) for op in turned),
                 gemm_backward("qkv", m=tokens, n=qkv, k=width, weight=self.weight), backward(first),
             ])  # fmt: skip
         return Serial([
             first, gemm("qkv", m=tokens, n=qkv, k=width, weight=self.weight), *turned,
-            copy("cache write", rows=tokens, width=held.kv_heads * (2 * d)),
-            *(self._core(held, segment, cache) for segment in held.segments),
+            *self._written(held, tokens, kept), *(op for segment in held.segments for op in self._core(held, segment, cache)),
+            *self._gate(held, tokens),
             gemm("o", m=tokens, n=width, k=held.heads * d, weight=self.weight),
         ])  # fmt: skip
 
+    def _written(self, held: Slice, tokens: Num, width: Num) -> list[Op]:
+        """The write into the cache, where there is one."""
+        return [copy("cache write", rows=tokens, width=width)] if self.kept(held) else []
+
+    def _gate(self, held: Slice, tokens: Num) -> list[Op]:
+        return [activation("output gate", tokens=tokens, width=held.heads * self.head_dim)] if self.output_gate else []
+
     def _position(self, held: Slice, tokens: Num) -> list[Op]:
-        heads = held.heads + held.kv_heads
-        found = [norm("qk norm", tokens=tokens, width=heads * (self.head_dim / 2))] if self.qk_norm else []
+        heads = held.heads if self.shares_cache else held.heads + held.kv_heads
+        normed = self.qk_norm or self.qk_norm_full
+        found = [norm("qk norm", tokens=tokens, width=heads * (self.head_dim / 2))] if normed else []
         if self.rotary_dim:
-            found.append(rotary("rotary", tokens=tokens, width=heads * self.rotary_dim))
+            # dual chunks rotate queries for their own, the previous and all earlier chunks
+            times = 3 if isinstance(self.mask, DualChunk) else 1
+            found.append(rotary("rotary", tokens=tokens, width=(heads + (times - 1) * held.heads) * self.rotary_dim))
         return found
 
-    def _core(self, held: Slice, segment: Segment, cache: CacheFormat, *, is_backward: bool = False) -> Op:
+    def _core(self, held: Slice, segment: Segment, cache: CacheFormat, *, is_backward: bool = False) -> list[Op]:
         """One segment's scores.  Decode over shared caches: this rank's share of the keys with every sharer's heads.
         Prefill over shared caches: own heads over the gathered past, the same flops.
         """
         shared = segment.split_kv
-        return attention(
-            "core", shared_share(segment, held.cache_ranks) if shared else segment,
-            heads=held.heads * held.cache_ranks if shared else held.heads, kv_heads=held.kv_heads,
-            head_dim=self.head_dim, mask=self.mask, dtype=BF16, cache=cache, backward=is_backward,
-            learned_sinks=self.learned_sinks,
-        )  # fmt: skip
+        masks = [self.mask] if self.second_mask is None else [self.mask, self.second_mask]
+        heads = held.heads * held.cache_ranks if shared else held.heads
+        return [
+            attention(
+                "core", shared_share(segment, held.cache_ranks) if shared else segment, heads=heads / len(masks) if len(masks) > 1 else heads,
+                kv_heads=held.kv_heads / len(masks) if len(masks) > 1 else held.kv_heads, head_dim=self.head_dim, mask=mask, dtype=BF16,
+                cache=cache, backward=is_backward, learned_sinks=self.learned_sinks, shared_kv=self.shared_kv,
+            ) for mask in masks
+        ]  # fmt: skip

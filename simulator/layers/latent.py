@@ -16,8 +16,8 @@ from simulator.kernels.attention import Causal, Mask, Segment, attention
 from simulator.kernels.elementwise import backward, copy, norm, rotary
 from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
-from simulator.layers.layer import Direction, Module, Slice, cached_bytes, shared_share
-from simulator.units import Bytes, Num, Tokens, minimum
+from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, Split, StateRules, shared_share
+from simulator.units import Num, minimum
 from simulator.work import Aside, Select, Serial, Work
 
 #: Tokens whose keys and values exist at once during prefill (vLLM, mla_attention.py, workspace of 65,536 rows).
@@ -25,11 +25,12 @@ EXPANSION_TOKENS = 65536.0
 
 
 @dataclass(frozen=True, slots=True)
-class LatentAttention:
+class LatentAttention(Remembers):
     """MLA: queries through r_q (or straight, q_lora_rank None), keys and values through a shared latent of r + d_r.
 
     Parameters: D r_q + r_q n (d_n + d_r) + D (r + d_r) + r n (d_n + d_v) + n d_v D.  The two down-projections, their
     norms and the cache are held whole by every rank of a tensor-parallel group.
+    `rotary` false: the d_r dimensions exist but are not turned (Kimi-Linear).
     Decode absorbs W_UK and W_UV into query and output; a prefill chunk re-expands keys and values of everything it
     sees, P + C tokens, unless it is shorter than the crossover.  Source: FORMULAS 1.4.
     """
@@ -43,6 +44,7 @@ class LatentAttention:
     v_head_dim: int
     mask: Mask = Causal()
     weight: WeightFormat = W_BF16
+    rotary: bool = True
     gathers_past = True
 
     def whole(self, segments: tuple[Segment, ...]) -> Slice:
@@ -71,17 +73,14 @@ class LatentAttention:
             found.append(Module("q_a_layernorm", float(self.q_lora_rank), W_BF16, replicated=True))
         return found
 
-    def cache_row(self, held: Slice) -> CacheRow:  # noqa: ARG002 (the same on every rank)
-        """R + d_r, whatever the number of heads."""
-        return CacheRow(float(self.kv_lora_rank), float(self.qk_rope_head_dim), latent=True)
+    def kept(self, held: Slice, rules: StateRules = ARCHITECTURE) -> tuple[Kept, ...]:  # noqa: ARG002 (the same on every rank)
+        """One latent row of r + d_r per token, whatever the number of heads."""
+        return (Kept(Keep.ROWS, CacheRow(float(self.kv_lora_rank), float(self.qk_rope_head_dim), latent=True), most=self.mask.most),)
 
-    def stored_tokens(self, context: Num) -> Tokens:
-        """What the mask keeps."""
-        return self.mask.stored(context)
-
-    def state_bytes(self, held: Slice, cache: CacheFormat) -> Bytes:
-        """Sum over segments: sequences x stored tokens x row."""
-        return cached_bytes(self, held, cache)
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Heads are divided; the latent row is every rank's."""
+        return (Split("attention heads", self.num_attention_heads),)
 
     def query_elements(self, held: Slice) -> Num:
         """Absorbed queries: n (r + d_r)."""
@@ -99,7 +98,7 @@ class LatentAttention:
         query: Size = {"m": tokens, "n": held.heads * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
         first = norm("attention norm", tokens=tokens, width=width)
         inner = norm("latent norm", tokens=tokens, width=down / 2)
-        turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * self.qk_rope_head_dim)
+        turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * (self.qk_rope_head_dim if self.rotary else 0))
         down_size: Size = {"m": tokens, "n": down, "k": width}
         o_size: Size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
         if direction is Direction.BACKWARD:

@@ -6,11 +6,11 @@ Legend: D hidden_size, E num_experts, k num_experts_per_tok, F moe_intermediate_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from simulator.dtypes import BF16, W_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
-from simulator.kernels.elementwise import activation, backward, copy, norm
+from simulator.kernels.elementwise import activation, backward, elementwise, norm
 from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.grouped_gemm import busiest_rank, experts_hit, grouped_gemm
 from simulator.layers.layer import Direction, Module, Slice
@@ -20,7 +20,10 @@ from simulator.work import Op, Serial, Work
 
 @dataclass(frozen=True, slots=True)
 class MoE:
-    """Parameters D E (router, held whole by every rank) + 3 D F E + 3 D F_shared.
+    """Parameters D E (router, held whole by every rank) + 3 D F E + 3 D F_shared; plain experts (`gated` false) 2 instead
+    of 3.  `latent_size` experts work in a narrower space, with 2 D latent more for the way in and out (Nemotron-3 Super).
+    `hash_routed` layers (DeepSeek-V4) look their experts up by token: the router's weights and
+    work remain, so that the two are equal here.
 
     Rows and distinct experts are those of the busiest expert rank under uniform routing.
     Source: FORMULAS 1.19, 5.4.
@@ -36,6 +39,16 @@ class MoE:
     shared_gate: bool = False
     weight: WeightFormat = W_BF16
     expert_weight: WeightFormat = W_BF16
+    gated: bool = True
+    latent_size: int | None = None
+    hash_routed: bool = field(default=False, compare=False)
+    shared_weight: WeightFormat | None = None
+    norm_parameters: int = 1
+
+    @property
+    def expert_width(self) -> int:
+        """What an expert reads and writes per row."""
+        return self.latent_size or self.hidden_size
 
     def whole(self, segments: tuple[Segment, ...]) -> Slice:
         """All experts at full width; `intermediate` is the width of one expert."""
@@ -43,23 +56,34 @@ class MoE:
 
     def modules(self, held: Slice) -> Sequence[Module]:
         """Router, norm and the experts' output biases are replicated; shared experts are split like a dense layer."""
-        width = self.hidden_size
+        width, inner, ups = self.hidden_size, self.expert_width, self._ups
         found = [
-            Module("experts.gate_up_proj", held.experts * held.intermediate * (2 * width), self.expert_weight),
-            Module("experts.down_proj", held.experts * held.intermediate * width, self.expert_weight),
+            Module("experts.gate_up_proj", held.experts * held.intermediate * (ups * inner), self.expert_weight),
+            Module("experts.down_proj", held.experts * held.intermediate * inner, self.expert_weight),
             Module("router", float(width * self.num_experts), W_BF16, replicated=True),
-            Module("post_attention_layernorm", float(width), W_BF16, replicated=True),
+            Module("post_attention_layernorm", float(self.norm_parameters * width), W_BF16, replicated=True),
         ]
+        if self.latent_size:
+            found.append(Module("latent_proj", float(2 * width * self.latent_size), self.weight, replicated=True))
         if self.expert_bias:
-            found.append(Module("experts.gate_up_bias", held.experts * (2 * held.intermediate), W_BF16))
-            found.append(Module("experts.down_bias", held.experts * width, W_BF16, replicated=True))
+            found.append(Module("experts.gate_up_bias", held.experts * (ups * held.intermediate), W_BF16))
+            found.append(Module("experts.down_bias", held.experts * inner, W_BF16, replicated=True))
         if self.router_bias:
             found.append(Module("router.bias", float(self.num_experts), W_BF16, replicated=True))
         if self.shared_intermediate_size:
-            found.append(Module("shared_experts", self._shared(held) * (3 * width), self.weight))
+            found.append(Module("shared_experts", self._shared(held) * ((ups + 1) * width), self.shared_weight or self.weight))
         if self.shared_gate:
             found.append(Module("shared_expert_gate", float(width), W_BF16, replicated=True))
         return found
+
+    @property
+    def _ups(self) -> int:
+        return 2 if self.gated else 1
+
+    def _activation(self, name: str, rows: Num, width: Num) -> Op:
+        if self.gated:
+            return activation(name, tokens=rows, width=width)
+        return elementwise(name, rows=rows, read=width, written=width, impl="activation", kept=width)
 
     def _shared(self, held: Slice) -> Num:
         return self.shared_intermediate_size / held.tensor_ranks
@@ -80,24 +104,31 @@ class MoE:
         """norm, router, permute, gate and up, activation, down, combine, shared experts."""
         tokens, width, inner = held.tokens, float(self.hidden_size), held.intermediate
         rows, hit = self.routed(held)
+        outer, ups, weight = float(self.expert_width), self._ups * inner, self.expert_weight
         first = norm("moe norm", tokens=tokens, width=width)
         router: Size = {"m": tokens, "n": float(self.num_experts), "k": width}
-        permute = copy("permute", rows=rows, width=width)
-        gate = activation("expert activation", tokens=rows, width=inner)
-        combine = copy("combine", rows=rows, width=width)
+        # every token is read once and written to its experts' rows; those are read and added into one row
+        permute = elementwise("permute", rows=1.0, read=tokens * outer, written=rows * outer, impl="copy", flops_per_element=0.0)
+        gate = self._activation("expert activation", rows, inner)
+        combine = elementwise("combine", rows=1.0, read=rows * outer, written=tokens * outer, impl="copy", flops_per_element=2.0)
+        into: Size = {"m": tokens, "n": outer, "k": width}
+        out_of: Size = {"m": tokens, "n": width, "k": outer}
+        narrow = self.latent_size is not None
         if direction is Direction.BACKWARD:
-            up = grouped_gemm("experts gate up dX", rows=rows, experts=hit, n=width, k=2 * inner, weight=self.expert_weight)
-            down = grouped_gemm("experts down dX", rows=rows, experts=hit, n=inner, k=width, weight=self.expert_weight)
+            up = grouped_gemm("experts gate up dX", rows=rows, experts=hit, n=outer, k=ups, weight=weight)
+            down = grouped_gemm("experts down dX", rows=rows, experts=hit, n=inner, k=outer, weight=weight)
             return Serial([
-                backward(combine), down, self._weight_gradient("experts down dW", rows, hit, width, inner), backward(gate),
-                up, self._weight_gradient("experts gate up dW", rows, hit, 2 * inner, width), backward(permute),
+                *([gemm_backward("latent out", **out_of, weight=self.weight)] if narrow else []),
+                backward(combine), down, self._weight_gradient("experts down dW", rows, hit, outer, inner), backward(gate),
+                up, self._weight_gradient("experts gate up dW", rows, hit, ups, outer), backward(permute),
+                *([gemm_backward("latent in", **into, weight=self.weight)] if narrow else []),
                 *self._shared_work(held, direction), gemm_backward("router", **router), backward(first),
             ])  # fmt: skip
         return Serial([
-            first, gemm("router", **router), permute,
-            grouped_gemm("experts gate up", rows=rows, experts=hit, n=2 * inner, k=width, weight=self.expert_weight), gate,
-            grouped_gemm("experts down", rows=rows, experts=hit, n=width, k=inner, weight=self.expert_weight), combine,
-            *self._shared_work(held, direction),
+            first, gemm("router", **router), *([gemm("latent in", **into, weight=self.weight)] if narrow else []), permute,
+            grouped_gemm("experts gate up", rows=rows, experts=hit, n=ups, k=outer, weight=weight), gate,
+            grouped_gemm("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight), combine,
+            *([gemm("latent out", **out_of, weight=self.weight)] if narrow else []), *self._shared_work(held, direction),
         ])  # fmt: skip
 
     @staticmethod
@@ -109,14 +140,15 @@ class MoE:
         if not self.shared_intermediate_size:
             return []
         tokens, width, inner = held.tokens, float(self.hidden_size), self._shared(held)
-        gate = activation("shared activation", tokens=tokens, width=inner)
+        ups, weight = self._ups * inner, self.shared_weight or self.weight
+        gate = self._activation("shared activation", tokens, inner)
         saved = tokens * inner * BF16.bytes
         if direction is Direction.BACKWARD:
             return [
-                gemm_backward("shared down", m=tokens, n=width, k=inner, weight=self.weight, freed_bytes=saved),
-                backward(gate), gemm_backward("shared gate up", m=tokens, n=2 * inner, k=width, weight=self.weight),
+                gemm_backward("shared down", m=tokens, n=width, k=inner, weight=weight, freed_bytes=saved),
+                backward(gate), gemm_backward("shared gate up", m=tokens, n=ups, k=width, weight=weight),
             ]  # fmt: skip
         return [
-            gemm("shared gate up", m=tokens, n=2 * inner, k=width, weight=self.weight), gate,
-            gemm("shared down", m=tokens, n=width, k=inner, weight=self.weight, saved_bytes=saved),
+            gemm("shared gate up", m=tokens, n=ups, k=width, weight=weight), gate,
+            gemm("shared down", m=tokens, n=width, k=inner, weight=weight, saved_bytes=saved),
         ]

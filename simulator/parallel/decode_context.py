@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from simulator.dtypes import BF16, FP32, CacheFormat
-from simulator.kernels.attention import Window
 from simulator.kernels.messages import message
-from simulator.layers import Attention
+from simulator.layers import Attention, LatentAttention
 from simulator.layers.layer import Layer, Slice, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
@@ -58,6 +57,9 @@ class DecodeContext(Scheme):
             yield f"--dcp {c}: it shares the caches of a tensor group of {t}; use a divisor: {divisors(t)}"
             return
         for layer in model.layers:
+            if is_mixer(layer) and not isinstance(layer, Attention) and type(layer) is not LatentAttention:
+                yield f"--dcp {c}: not offered for models with {type(layer).__name__} layers; use --dcp 1"
+                return
             if isinstance(layer, Attention):
                 most = max(1, t // layer.num_key_value_heads)
                 if c > most:
@@ -66,6 +68,6 @@ class DecodeContext(Scheme):
                         f"so at most {most} ranks can share it; use --dcp {most}"
                     )
                     return
-                if isinstance(layer.mask, Window) or layer.mask.stored(2**40) < 2**40:
+                if layer.mask.most is not None or layer.shares_cache:
                     yield f"--dcp {c}: not offered for models with windowed or chunked layers; use --dcp 1"
                     return

@@ -36,7 +36,7 @@ class Expert(Scheme):
             return work
         rows = layer.routed(held)[0] * where(self.layout.dp_attention > 1, 1.0, 0.0)
         group = self.layout.groups["ep"]
-        width = layer.hidden_size
+        width = layer.expert_width
         return Serial([
             message("dispatch", "all_to_all", group=group, payload_bytes=rows * (width * layer.expert_weight.activation.bytes)),
             work, message("combine", "all_to_all", group=group, payload_bytes=rows * (width * BF16.bytes)),

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from simulator.dtypes import BF16, CacheFormat
 from simulator.kernels.messages import message
-from simulator.layers import Attention, GatedMLP, Head, LatentAttention, MoE
-from simulator.layers.layer import Layer, Slice
+from simulator.layers import MLP, GatedMLP, Head, HyperConnection, Linear, MoE
+from simulator.layers.layer import Layer, Slice, is_mixer, tensor_share
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
-from simulator.units import maximum, where
+from simulator.units import where
 from simulator.work import Serial, Work
 
 #: Elements of the longest scale block along one axis; larger ones are squares.
@@ -32,12 +32,14 @@ class Tensor(Scheme):
         t = self.degree
         if is_one(t):
             return held
-        if isinstance(layer, (Attention, LatentAttention)):
-            return held._replace(heads=held.heads / t, kv_heads=maximum(held.kv_heads / t, 1.0), tensor_ranks=t)
+        if is_mixer(layer):
+            return tensor_share(held, t)
+        if isinstance(layer, HyperConnection):
+            return held._replace(tensor_ranks=t)
         if isinstance(layer, MoE):
             width = where(held.expert_ranks > 1, held.intermediate, held.intermediate / t)
             return held._replace(intermediate=width, tensor_ranks=t)
-        if isinstance(layer, GatedMLP):
+        if isinstance(layer, (GatedMLP, MLP, Linear)):
             return held._replace(intermediate=held.intermediate / t, tensor_ranks=t)
         return held._replace(vocabulary=held.vocabulary / t, tensor_ranks=t)
 
@@ -47,13 +49,20 @@ class Tensor(Scheme):
         Experts reached by an all-to-all return whole rows to the rank that asked, which holds 1 / t of the tokens:
         an all-gather restores the rest.
         """
-        if is_one(self.degree):
+        if is_one(self.degree) or isinstance(layer, HyperConnection):
             return work
         group = self.layout.groups["tp"]
         payload = held.tokens * (self.layout.hidden_size * BF16.bytes)
         if isinstance(layer, Head):
             logits = held.sequences * held.vocabulary * held.tensor_ranks * BF16.bytes
             return Serial([work, message("gather logits", "all_gather", group=group, payload_bytes=logits)])
+        inner = layer.inner_elements(held) if is_mixer(layer) else 0.0
+        if inner:
+            within = held.tokens * (inner * BF16.bytes)
+            return Serial([
+                work, message("inner all-reduce", "all_reduce", group=group, payload_bytes=within),
+                message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload),
+            ])  # fmt: skip
         if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
             return Serial([work, message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload)])
         travels = where(self.layout.dp_attention > 1, 1.0, 0.0)
@@ -66,18 +75,15 @@ class Tensor(Scheme):
         """Heads and widths must divide; key-value heads divide or are replicated evenly."""
         t = int(self.degree)
         for layer in model.layers:
-            if isinstance(layer, (Attention, LatentAttention)):
-                heads = layer.num_attention_heads
-                if heads % t:
-                    yield f"--tp {t}: {model.name} has {heads} attention heads; use a divisor: {divisors(heads)}"
+            for name, count, copied in layer.splits if is_mixer(layer) else ():
+                if copied and max(count, t) % min(count, t):
+                    yield f"--tp {t}: {model.name} has {count} {name}; the degree must divide them or be a multiple"
                     return
-            if isinstance(layer, Attention):
-                shared = layer.num_key_value_heads
-                if max(shared, t) % min(shared, t):
-                    yield f"--tp {t}: {model.name} has {shared} key-value heads; the degree must divide them or be a multiple"
+                if not copied and count % t:
+                    yield f"--tp {t}: {model.name} has {count} {name}; use a divisor: {divisors(count)}"
                     return
-            if isinstance(layer, (GatedMLP, MoE)):
-                width = layer.intermediate_size if isinstance(layer, GatedMLP) else layer.moe_intermediate_size
+            if isinstance(layer, (GatedMLP, MLP, MoE)):
+                width = layer.moe_intermediate_size if isinstance(layer, MoE) else layer.intermediate_size
                 split_experts = isinstance(layer, MoE) and self.layout.ep > 1
                 if width % t and not split_experts:
                     yield f"--tp {t}: width {width} of {model.name}'s feed-forward does not divide by {t}"

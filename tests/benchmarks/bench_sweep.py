@@ -26,7 +26,7 @@ from simulator.estimate import bare  # noqa: E402
 from simulator.planner import layouts  # noqa: E402
 
 ROWS, GPUS = 65_536, 8
-MODELS = ("meta-llama/Meta-Llama-3.1-70B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-120b")
+MODELS = ("meta-llama/Meta-Llama-3.1-70B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-120b", "deepseek-ai/DeepSeek-V4-Pro")
 DEGREES = ("tp", "pp", "dp", "ep")
 
 

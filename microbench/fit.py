@@ -1,0 +1,339 @@
+"""Runs -> a profile of constants: the physics of `simulator.timing`, fitted to rows that may be fitted, tested on the others.
+
+The fit minimises a soft loss of log(predicted / measured) over the constants each kernel has; the exponent of the smooth
+maximum is the best of 1, 2, 4 and 8.  Sigma is what the held-out rows show.  Nothing is clamped: a row that beats its bound
+is reported and fails the calibration.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from microbench.case import Case
+from microbench.run import case_of, module_of, read
+from simulator.calibration import Calibration, Constants, Family
+from simulator.hardware import Cluster, Gpu, cluster, gpu
+from simulator.timing import Clock
+from simulator.units import Array
+from simulator.work import Op
+
+#: Constants a kernel is fitted by: start, least and largest value (all but the exponent in log).
+BOUNDS: dict[str, tuple[float, float, float]] = {
+    "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "sustained": (0.65, 0.2, 1.0),
+    "depth_half": (150.0, 1.0, 4000.0), "split": (2.0, 1.0, 64.0), "variant": (0.9, 0.2, 1.5), "merge_s": (2e-8, 1e-10, 1e-6), "wave": (0.3, 0.01, 4.0), "launch_s": (3e-6, 2e-7, 6e-5),
+}  # fmt: skip
+FREE: dict[str, tuple[str, ...]] = {
+    "gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
+    "grouped_gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
+    "attention": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "variant", "launch_s"),
+    "attention_backward": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "variant", "launch_s"),
+    "unfused_attention": ("tensor", "memory", "launch_s"),
+    "decode_attention": ("tensor", "memory", "variant", "wave", "launch_s", "merge_s"),
+    "latent_attention": ("tensor", "memory", "wave", "launch_s", "merge_s"),
+    "elementwise": ("memory", "launch_s"),
+}
+POWERS = (1, 2, 4, 8)
+#: Fewest rows a family is fitted from.
+LEAST_ROWS = 5
+Z80 = 1.2815515655446004
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Measured rows of one family: their cases, seconds and why each is held out ("" where it is not)."""
+
+    family: Family
+    cases: tuple[Case, ...]
+    seconds: Array
+    held: tuple[str, ...]
+
+    @property
+    def op(self) -> Op:
+        """All rows as one op of arrays."""
+        return stacked([module_of(c.kernel).op(c) for c in self.cases])
+
+    def where(self, *reasons: str) -> Any:
+        """Which rows are held for one of `reasons`."""
+        return np.array([h in reasons for h in self.held])
+
+
+def stacked(ops: Sequence[Op]) -> Op:
+    """Ops of one family as one op whose quantities are arrays."""
+    first = ops[0]
+    names = ("tensor_flops", "exponentials", "model_flops", "hbm_bytes")
+    arrays = {name: np.array([float(getattr(op, name)) for op in ops]) for name in names}
+    shape = {key: np.array([float(op.shape[key]) for op in ops]) for key in first.shape}
+    return Op(first.name, first.kernel, first.impl, first.math, shape=shape, operands=first.operands, **arrays)
+
+
+def gather(folder: Path, *, regime: str = "steady") -> tuple[Gpu, dict[Family, Rows]]:
+    """The rows of a folder by family, of each case the newest.  Rows with inputs in the L2 cache are left out."""
+    files = sorted(file for file in folder.glob("*.csv") if "counters" not in file.name and file.name != "quality.csv")
+    if not files:
+        message = f"{folder}: holds no run; measure with `longctx bench --out {folder}` first"
+        raise ValueError(message)
+    parts: set[str] = set()
+    found: dict[Family, dict[Case, float]] = defaultdict(dict)
+    for file in files:
+        facts, rows = read(file)
+        parts.add(facts.get("gpu", "unknown"))
+        for row in rows:
+            which = case_of(row)
+            if which.regime == regime and row["l2"] == "cold" and which.kernel not in UNFITTED and which.impl != "math":
+                op = module_of(which.kernel).op(which)
+                found[op.family][which] = float(row["p50_s"])
+    if len(parts) > 1:
+        message = f"{folder}: runs of several GPUs ({', '.join(sorted(parts))}); give each its own folder"
+        raise ValueError(message)
+    part = gpu(next(iter(parts)))
+    return part, {
+        family: Rows(family, tuple(measured), np.array(list(measured.values())), tuple(c.held for c in measured))
+        for family, measured in found.items()
+    }  # fmt: skip
+
+
+#: What is measured to be shown, not fitted: whole layers test the sum, launches and host copies stand for themselves; so does
+#: unfused ("math") attention, which is a sum of products and passes over the scores.
+UNFITTED = ("decoder_layer", "model", "host_copy", "launch")
+
+
+def predict(op: Op, machine: Cluster, constants: Constants) -> Array:
+    """Seconds of the rows under `constants`."""
+    calibration = Calibration(machine.gpu.name, {op.family: constants})
+    return np.asarray(Clock(machine, calibration).expected(op), dtype=float)
+
+
+def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
+    """The constants of one family.  `heat` is the board's, measured apart."""
+    op, use = rows.op, rows.where("")
+    if int(use.sum()) < LEAST_ROWS:
+        use = np.ones(len(rows.cases), dtype=bool)
+    names = FREE[rows.family[0]]
+    start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
+    shared = {"heat": heat} if "sustained" in names else {}
+    best: tuple[Constants, float] | None = None
+    for power in POWERS:
+
+        def residuals(x: Array, power: int = power) -> Array:
+            constants = Constants(power=power, **shared, **dict(zip(names, np.exp(x), strict=True)))
+            return np.log(predict(op, machine, constants)[use] / rows.seconds[use])
+
+        found = least_squares(residuals, start, bounds=(low - 1e-9, high + 1e-9), loss="soft_l1", f_scale=0.05)
+        if best is None or found.cost < best[1]:
+            best = Constants(power=power, **shared, **{n: float(f"{v:.4g}") for n, v in zip(names, np.exp(found.x), strict=True)}), float(found.cost)
+    assert best is not None
+    return best[0]
+
+
+def heat_of(folder: Path, part: Gpu) -> float:
+    """What memory traffic at its peak rate costs products on a board at its power limit, from the board's own power readings.
+
+    A third of (P_read - P_idle) / (P_limit - P_idle) x (peak rate / rate read): below its maximum clock a chip's power goes with
+    the cube of the clock, so a watt that memory takes costs the products a third of its share.  P_read is that of the longest
+    plain read, P_idle that of the rows measured after a pause.  0 where the readings are missing.
+    """
+    reads: list[tuple[float, float, float]] = []
+    idle: list[float] = []
+    limit = float("nan")
+    for file in sorted(folder.glob("*.csv")):
+        facts, rows = read(file)
+        limit = float(facts.get("power_limit_w", limit))
+        for row in rows:
+            if row.get("regime") == "burst":
+                idle.append(float(row["power_w"]))
+            elif row["kernel"] == "elementwise" and row["impl"] == "read":
+                moved = float(row["hbm_bytes"])
+                reads.append((moved, moved / float(row["p50_s"]), float(row["power_w"])))
+    if not idle or not reads:
+        return 0.0
+    _, rate, power = max(reads)
+    rest = float(np.median(idle))
+    heat = (power - rest) / (limit - rest) * part.hbm_bytes_per_s / rate / 3
+    return round(heat, 3) if np.isfinite(heat) and heat > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a family is predicted on rows of one kind: number, median and 90th percentile of |log error|, signed median; the
+    same two with the residual table; the share of rows inside the 80 % interval; the worst row.
+    """
+
+    family: Family
+    held: str
+    rows: int
+    median: float
+    p90: float
+    signed: float
+    median_with_table: float
+    p90_with_table: float
+    inside: float
+    worst: str
+
+
+def errors(rows: Rows, machine: Cluster, constants: Constants) -> Array:
+    """log(predicted / measured) of every row."""
+    return np.log(predict(rows.op, machine, constants) / rows.seconds)
+
+
+def judge(rows: Rows, error: Array, sharp: Array, sigma: float) -> list[Quality]:
+    """Quality on fitted rows and on each kind of held-out rows."""
+    found = []
+    for held in ("", "size", "layout", "length"):
+        chosen = rows.where(held)
+        if not chosen.any():
+            continue
+        e = error[chosen]
+        worst = int(np.argmax(np.where(chosen, np.abs(error), -1)))
+        found.append(Quality(
+            rows.family, held or "fitted", len(e), float(np.median(np.abs(e))), float(np.quantile(np.abs(e), 0.9)), float(np.median(e)),
+            float(np.median(np.abs(sharp[chosen]))), float(np.quantile(np.abs(sharp[chosen]), 0.9)), float(np.mean(np.abs(e) <= Z80 * sigma)), f"{rows.cases[worst].extents} {error[worst]:+.0%}",
+        ))  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What the physics leaves on fitted rows, by log2 of the kernel's extents: a table that sharpens between them.
+
+    error'(x) = error(x) - sum_i w_i e_i / (0.3 + sum_i w_i), w_i = exp(-|x - x_i|^2 / 2), one doubling of an extent being a
+    distance of 1: nothing changes far from the measured rows.
+    """
+
+    at: Array
+    error: Array
+
+    def sharpened(self, op: Op, error: Array) -> Array:
+        """Errors after the table's correction."""
+        distance = ((extents(op)[:, None, :] - self.at[None]) ** 2).sum(-1)
+        weight = np.exp(-0.5 * distance)
+        return error - (weight * self.error).sum(1) / (weight.sum(1) + 0.3)
+
+
+def extents(op: Op) -> Array:
+    """log2 of the extents of every row, one column each."""
+    return np.log2(np.maximum(np.stack([np.asarray(value, dtype=float) for value in op.shape.values()], axis=1), 1e-9))
+
+
+def residuals_of(rows: Rows, error: Array) -> Residuals:
+    """The table of a family's fitted rows."""
+    use = rows.where("")
+    return Residuals(extents(rows.op)[use], error[use])
+
+
+def spread(error: Array, held: Any) -> float:
+    """Sigma from held-out rows: their 80th percentile over that of a normal; of all rows where fewer than five are held."""
+    chosen = error[held] if int(held.sum()) >= LEAST_ROWS else error
+    return float(max(np.quantile(np.abs(chosen), 0.8) / Z80, 0.01))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a calibration found: constants with sigma by family, their quality, rows that beat their bound, and every row's error."""
+
+    gpu: Gpu
+    families: dict[Family, Constants]
+    quality: list[Quality]
+    beaten: list[str]
+    points: list[dict[str, object]]
+
+
+def calibrate(folder: Path) -> Profile:
+    """Fit every family of a folder of runs, and judge it on the rows that were held out."""
+    part, families = gather(folder)
+    machine = cluster(part, 1)
+    constants: dict[Family, Constants] = {}
+    quality: list[Quality] = []
+    beaten: list[str] = []
+    points: list[dict[str, object]] = []
+    heat = heat_of(folder, part)
+    for family, rows in families.items():
+        if len(rows.cases) < LEAST_ROWS:
+            continue
+        fitted = fit_family(rows, machine, heat)
+        error = errors(rows, machine, fitted)
+        sigma = round(spread(error, rows.where("size", "layout", "length")), 4)
+        constants[family] = replace(
+            fitted, sigma=sigma, basis="calibrated", rows=int(rows.where("").sum()),
+            source=f"{len(rows.cases)} rows measured on {part.title}, {int(rows.where('').sum())} fitted",
+        )  # fmt: skip
+        sharp = residuals_of(rows, error).sharpened(rows.op, error)
+        quality += judge(rows, error, sharp, sigma)
+        beaten += beats(rows, machine)
+        points += [
+            {"kernel": " ".join(filter(None, family)), "shape": c.extents, "held": c.held or "fitted", "measured_s": float(t), "error": float(np.expm1(e))}
+            for c, t, e in zip(rows.cases, rows.seconds, error, strict=True)
+        ]
+    return Profile(part, constants, quality, beaten, points)
+
+
+def beats(rows: Rows, machine: Cluster) -> list[str]:
+    """Rows faster than their bound: a bug of the formula or of the measurement."""
+    bound = np.asarray(Clock(machine, Calibration.none()).bound(rows.op), dtype=float)
+    return [f"{c.key}: {s:.3g} s, bound {b:.3g} s" for c, s, b in zip(rows.cases, rows.seconds, bound, strict=True) if s < b]
+
+
+#: The implementation that stands for a kernel whose implementation nobody names: the fastest measured that engines use or resemble.
+STANDS_FOR = {
+    ("attention", "bf16"): "cudnn", ("attention_backward", "bf16"): "cudnn", ("decode_attention", "bf16"): "triton",
+    ("decode_attention", "fp8"): "triton", ("elementwise", "bf16"): "copy", ("grouped_gemm", "bf16"): "cutlass",
+}  # fmt: skip
+
+
+def write(profile: Profile, folder: Path) -> None:
+    """constants.toml (the profile) and quality.csv (how well it predicts) in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    lines = [f'description = "{profile.gpu.name}: measured, fitted {today}"', f"common_sigma = {COMMON_SIGMA}", ""]
+    for (kernel, impl, dtype), constants in profile.families.items():
+        lines += _table(kernel, impl, dtype, constants)
+        if impl and STANDS_FOR.get((kernel, dtype)) == impl:
+            lines += _table(kernel, "", dtype, replace(constants, source=f"{impl} stands for it: {constants.source}"))
+    (folder / "constants.toml").write_text("\n".join(lines), encoding="utf-8")
+    names = ("rows", "median", "p90", "signed", "median_with_table", "p90_with_table", "inside")
+    with (folder / "quality.csv").open("w", encoding="utf-8", newline="") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(("kernel", "impl", "dtype", "held", *names, "worst"))
+        for q in profile.quality:
+            table.writerow((*q.family, q.held, *(f"{getattr(q, n):.4g}" for n in names), q.worst))
+
+
+#: What all ops of a machine share: two cards of one kind, measured a few minutes apart, differed by 3 % in sustained products.
+COMMON_SIGMA = 0.03
+
+
+def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
+    named = ("tensor", "special", "memory", "sustained", "heat", "depth_half", "split", "variant", "wave", "launch_s", "merge_s", "power", "sigma", "rows")
+    plain = Constants()
+    values = [f"{n} = {getattr(constants, n)!r}" for n in named if getattr(constants, n) != getattr(plain, n) or n in FREE.get(kernel, ())]
+    return ["[[family]]", f'kernel = "{kernel}"', f'impl = "{impl}"', f'dtype = "{dtype}"', *values, f'basis = "{constants.basis}"',
+            f'source = "{constants.source}"', ""]  # fmt: skip
+
+
+def draw(profile: Profile, folder: Path) -> Path:
+    """residuals.html: predicted over measured for every row, by kernel and kind of row."""
+    import altair  # noqa: PLC0415 (an extra)
+    import pandas as pd  # noqa: PLC0415
+
+    frame = pd.DataFrame(profile.points)
+    chart = (
+        altair.Chart(frame, width=560, height=180)
+        .mark_circle(opacity=0.6)
+        .encode(
+            x=altair.X("measured_s:Q", scale=altair.Scale(type="log"), title="measured, s"),
+            y=altair.Y("error:Q", axis=altair.Axis(format="%"), title="predicted / measured - 1"),
+            color=altair.Color("held:N", title="held out for"), tooltip=["kernel", "shape", "measured_s", "error"],
+        )
+        .facet(row=altair.Row("kernel:N", title=None))
+    )  # fmt: skip
+    file = folder / "residuals.html"
+    chart.save(str(file))
+    return file

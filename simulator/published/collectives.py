@@ -1,0 +1,76 @@
+"""Collectives: bus bandwidths and times as nccl-tests defines them, turned into seconds of one call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from simulator.hardware import Cluster
+from simulator.kernels.messages import message
+from simulator.published.kernels import GIGA, MS, timed
+from simulator.published.table import Asked, Measurement, machine, refuse
+from simulator.work import Group
+
+_PATTERNS = {
+    "all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "alltoall": "all_to_all", "all_to_all": "all_to_all",
+}  # fmt: skip
+_SIZES = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+#: Bytes of a message whose author calls it large: the time is all bandwidth.
+LARGE_BYTES = 8 * 2.0**30
+
+
+def _bytes(row: Measurement) -> float:
+    """The message's size; nccl-tests counts K, M and G in powers of two."""
+    text = row.inputs.get("message") or row.inputs.get("bytes") or row.other_inputs
+    if re.search(r"\blarge\b", text):
+        return LARGE_BYTES
+    found = re.search(r"([\d,]+)\s*([KMG]?i?B)?\b", text)
+    if found is None:
+        refuse("the message's size is not stated")
+    return float(found[1].replace(",", "")) * _SIZES[found[2] or "B"]
+
+
+def _call(name: str, on: Cluster, payload: float) -> tuple[float, Callable[[float], Asked]]:
+    """Wire bytes of a rank (the numerator of a bus bandwidth) and what makes the question of measured seconds."""
+    pattern = _PATTERNS.get(name.partition(" ")[0])
+    if pattern is None:
+        refuse(f"{name}: not modelled")
+    op = message(name, pattern, group=Group("all", float(on.gpus)), payload_bytes=payload)
+    return float(op.wire_bytes), lambda seconds: timed(op, on, seconds)
+
+
+def bus_bandwidth(row: Measurement) -> Asked:
+    """nccl-tests' bus bandwidth: wire bytes of a ring rank per second, (2) (n - 1) / n x message.  Our rate has no NVLS
+    (reduction in the switch), which most of these runs used.
+    """
+    named = row.other_inputs.partition(" ")[0]
+    stated = named if named in _PATTERNS else row.parallelism
+    wire, ask = _call(stated, machine(row), _bytes(row))
+    return ask(wire / (float(row.value) * GIGA))
+
+
+def timed_collective(row: Measurement) -> Asked:
+    """The NCCL runs of aiconfigurator: milliseconds of one call; bytes as nccl-tests counts them."""
+    on = machine(row)
+    _, ask = _call(row.inputs["collective"], on, float(re.match(r"\d+", row.inputs["bytes"])[0]))  # type: ignore[index]
+    return ask(float(row.value) * MS)
+
+
+def deep_ep(row: Measurement) -> Asked:
+    """DeepEP's bottleneck bandwidth: bytes through the named port (NVLink within a node, the NIC across nodes) per second.
+
+    Payload: every token once per expert, fp8 dispatch and bf16 combine; its size cancels where latency does not matter.
+    """
+    if "low-latency" in row.kernel_or_engine:
+        refuse("DeepEP's low-latency kernels put RDMA under every pair of ranks, NVLink neighbours too: not modelled")
+    on = machine(row)
+    element = 1.0 if row.inputs["op"] == "dispatch" else 2.0
+    payload = row.number("tokens_per_gpu") * row.number("hidden") * 8 * element
+    wire, ask = _call("all_to_all", on, payload)
+    outside = 1.0 if on.gpus <= on.gpus_per_node else (on.gpus - on.gpus_per_node) / (on.gpus - 1)
+    return ask(wire * outside / (float(row.value) * GIGA))
+
+
+SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
+    "nccl-threads": bus_bandwidth, "coreweave-nccl-tests-pr-43": bus_bandwidth, "nccl-tests-issue-78": bus_bandwidth, "deepep-v1": deep_ep,
+}  # fmt: skip

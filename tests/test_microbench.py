@@ -1,0 +1,165 @@
+"""The microbenchmarks' own truths, and those of the runs that ship: what was held out, what beats what, how good the fit is."""
+
+from __future__ import annotations
+
+import csv
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simulator.calibration import Calibration
+from simulator.data import data_path
+from simulator.hardware import cluster, gpu
+from simulator.timing import Clock
+
+torch = pytest.importorskip("torch")
+
+from microbench import attention, decoder, fit, gemm  # noqa: E402
+from microbench.case import Case, case, sets_for  # noqa: E402
+from microbench.counters import expected, parse  # noqa: E402
+from microbench.run import MODULES, bench, case_of, cases_of, module_of, read  # noqa: E402
+
+PROFILES = sorted(p.parent for p in data_path("calibration").glob("*/constants.toml"))
+RUNS = [file for folder in PROFILES for file in sorted((folder / "runs").glob("*.csv")) if "counters" not in file.name]
+profiles = pytest.mark.parametrize("folder", PROFILES, ids=lambda p: p.name)
+
+
+@pytest.fixture(scope="module", params=PROFILES, ids=lambda p: p.name)
+def profile(request: pytest.FixtureRequest) -> fit.Profile:
+    return fit.calibrate(request.param / "runs")
+
+
+def test_the_tiny_suite_runs_on_any_machine_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    first = bench(["tiny"], tmp_path, limit_s=60)
+    assert first.measured == len(cases_of(["tiny"]))
+    assert not first.skipped
+    assert bench(["tiny"], tmp_path).file is None
+    facts, rows = read(next(tmp_path.glob("*.csv")))
+    assert facts["torch"] == torch.__version__
+    assert all(float(row["error"]) < 0.02 for row in rows)
+
+
+@pytest.mark.parametrize("which", [c for m in MODULES for c in m.cases("tiny")], ids=lambda c: c.key)
+def test_a_small_case_agrees_with_its_reference(which: Case) -> None:
+    assert module_of(which.kernel).error(which, torch.device("cpu")) < 0.02
+
+
+def test_every_case_has_quantities_and_a_bound() -> None:
+    clock = Clock(cluster("h200", 1), Calibration.none())
+    for which in cases_of(["full"]):
+        op = module_of(which.kernel).op(which)
+        assert op.hbm_bytes > 0
+        if which.kernel not in ("host_copy", *decoder.KERNELS):
+            assert clock.bound(op) > 0
+
+
+def test_projections_of_six_models_and_more_are_measured() -> None:
+    assert len({name for name, _ in gemm.MODELS}) >= 6
+    assert {(28672, 4096), (128256, 4096), (57344, 8192)} <= set(gemm.layouts())
+
+
+def test_held_out_rows_are_chosen_by_the_shape_alone() -> None:
+    assert case("gemm", "a", "bf16", m=1, n=2, k=3).held == case("gemm", "b", "fp8", m=1, n=2, k=3).held
+    every = [c for c in cases_of(["full"]) if c.kernel == "gemm"]
+    for layout in gemm.layouts():
+        reasons = {c.held == "layout" for c in every if (c["n"], c["k"]) == layout}
+        assert len(reasons) == 1
+    assert 0.1 < np.mean([c.held == "layout" for c in every]) < 0.4
+    assert attention.cases("full")[-1].held in ("", "size", "layout", "length")
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.stem)
+def test_shipped_rows_say_of_themselves_what_the_rule_says(file: Path) -> None:
+    facts, rows = read(file)
+    assert {"gpu", "driver", "torch", "date", "commit", "power_limit_w", "max_clock_hz"} <= set(facts)
+    assert all(case_of(row).held == row["held"] for row in rows)
+    part = gpu(facts["gpu"])
+    assert float(facts["max_clock_hz"]) == part.max_clock_hz
+    assert float(facts["sms"]) == part.units
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.stem)
+def test_no_cold_row_beats_its_bound(file: Path) -> None:
+    facts, rows = read(file)
+    clock = Clock(cluster(facts["gpu"], 1), Calibration.none())
+    for row in rows:
+        which = case_of(row)
+        if row["l2"] == "cold" and which.kernel not in fit.UNFITTED:
+            assert float(row["p20_s"]) >= clock.bound(module_of(which.kernel).op(which)), which.key
+
+
+def test_the_recorded_quality_is_what_the_runs_give(profile: fit.Profile) -> None:
+    with (data_path("calibration") / profile.gpu.name / "quality.csv").open(encoding="utf-8") as file:
+        recorded = {(r["kernel"], r["impl"], r["dtype"], r["held"]): r for r in csv.DictReader(file)}
+    assert len(recorded) == len(profile.quality)
+    for q in profile.quality:
+        row = recorded[(*q.family, q.held)]
+        assert q.rows == int(float(row["rows"]))
+        assert q.median <= 1.05 * float(row["median"]) + 0.001, (q.family, q.held)
+        assert q.p90 <= 1.1 * float(row["p90"]) + 0.002, (q.family, q.held)
+
+
+def test_the_shipped_constants_are_the_fit(profile: fit.Profile) -> None:
+    text = (data_path("calibration") / profile.gpu.name / "constants.toml").read_text(encoding="utf-8")
+    shipped = {(r["kernel"], r["impl"], r["dtype"]): r for r in tomllib.loads(text)["family"]}
+    for family, constants in profile.families.items():
+        for name in ("tensor", "memory", "launch_s"):
+            assert shipped[family].get(name, getattr(constants, name)) == pytest.approx(getattr(constants, name), rel=0.1, abs=1e-6), (family, name)
+
+
+def test_eighty_percent_intervals_hold_about_eighty_percent_of_held_out_rows(profile: fit.Profile) -> None:
+    held = [q for q in profile.quality if q.held != "fitted"]
+    share = sum(q.inside * q.rows for q in held) / sum(q.rows for q in held)
+    assert 0.7 <= share <= 0.9
+
+
+@profiles
+def test_another_occasion_agrees_within_the_interval(folder: Path) -> None:
+    files = sorted((folder / "again").glob("*.csv"))
+    if not files:
+        pytest.skip("measured on one occasion only")
+    calibration = Calibration.load(gpu(folder.name))
+    first = {case_of(row).key: float(row["p50_s"]) for file in RUNS if file.parent.parent == folder for row in read(file)[1]}
+    inside = []
+    for file in files:
+        for row in read(file)[1]:
+            which = case_of(row)
+            if which.key in first and row["l2"] == "cold" and which.kernel not in fit.UNFITTED:
+                sigma = np.hypot(calibration.constants(module_of(which.kernel).op(which).family).sigma, calibration.common_sigma)
+                inside.append(abs(np.log(float(row["p50_s"]) / first[which.key])) <= fit.Z80 * sigma)
+    assert len(inside) > 50
+    assert np.mean(inside) > 0.8
+
+
+@profiles
+def test_dram_counters_agree_with_launched_bytes(folder: Path) -> None:
+    files = sorted((folder / "runs").glob("counters-*.csv"))
+    if not files:
+        pytest.skip("counters not measured")
+    rows = read(files[-1])[1]
+    errors = {kernel: [] for kernel in ("gemm", "attention", "decode_attention", "elementwise")}
+    for row in rows:
+        if row["kernel"] in errors:
+            which = case_of({**row, "regime": "steady"})
+            errors[row["kernel"]].append(abs(np.log(expected(which, folder.name) / float(row["dram_bytes"]))))
+    print({kernel: f"{np.median(found):.1%}" for kernel, found in errors.items()})
+    assert np.median([e for found in errors.values() for e in found]) <= 0.10
+    assert np.median(errors["decode_attention"]) <= 0.02
+    assert np.median(errors["gemm"]) <= 0.15
+
+
+def test_counters_are_grouped_between_markers() -> None:
+    head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    marker = '"{0}","FillFunctor<signed char>","dram__bytes_read.sum","byte","32"'
+    lines = [head, marker.format(0), '"1","a","dram__bytes_read.sum","Kbyte","2"', '"2","b","dram__bytes_write.sum","byte","500"', marker.format(3),
+             '"4","c","dram__bytes_read.sum","Gbyte","1"', marker.format(5)]  # fmt: skip
+    assert parse("\n".join(lines)) == [(2, 2500.0), (1, 1e9)]
+
+
+def test_inputs_rotate_until_the_cache_is_cold() -> None:
+    sets, hot = sets_for(1e7, 6e7)
+    assert sets * 1e7 >= 3 * 6e7
+    assert not hot
+    assert sets_for(10.0, 6e7) == (512, True)
