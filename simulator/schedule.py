@@ -1,8 +1,8 @@
 """When a pipeline is done: microbatches pass its stages in order, each stage one at a time (a permutation flow shop).
 
 The time is the longest path through the grid of microbatches and stages, one step right (next stage) or down (next
-microbatch) at a time: closed enough for arrays, since within a job of many microbatches only a few are tried as those at
-which the path changes stage.  Knows neither ops nor GPUs: a stage is its seconds.
+microbatch) at a time.  It is closed enough for arrays because a path changes stage only at the first or the last microbatch
+of a job of equal ones, and nearly so in one that grows slowly.  Knows neither ops nor GPUs: a stage is its seconds.
 Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
 """
 
@@ -13,11 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.units import Array, Count, Num, floor, maximum, minimum, where
-
-#: Microbatches of a growing job at which the longest path may change stage, evenly spread.  With h from one to the next and
-#: g the difference of two stages' growth per microbatch, a change in between is worth at most g h^2 / 8 more.
-CROSSINGS = 4
+from simulator.units import Array, Count, Num, maximum, minimum, where
 
 #: Chooses the later of two times.
 Choose = Callable[[Any, Any], Any]
@@ -35,7 +31,9 @@ class Job(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """A job on one stage: seconds of all microbatches up to each crossing, and of the crossing one alone."""
+    """A job on one stage: seconds of all microbatches up to those at which a path may change stage (the first and the last, or
+    the only one), and of each of those alone.
+    """
 
     upto: list[Any]
     alone: list[Any]
@@ -72,8 +70,8 @@ def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Choose = maximum) ->
     V_s(j) = C_s(j) + max(D_s, max over i <= j of V_(s-1)(i) - C_s(i) + t_s(i)), D_s when it is done with the job before.
     Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once.
 
-    Exact for equal microbatches and for up to CROSSINGS growing ones; otherwise never too long for linear growth, and short by
-    at most g h^2 / 8 a stage (see CROSSINGS).
+    i is the first or the last microbatch of a job: exact for equal microbatches and for up to two growing ones; for n that grow
+    linearly never too long, and short by at most g (n - 1)^2 / 8 a stage, g the difference of two stages' growths.
     For n > 2 rounds every stage repeats the n - 2 between the first and the last on its own: the longest
     max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of the first round
     that ends on s, last_s that of the last that begins there.  It is the path of a real schedule, so never too long; paths
@@ -110,8 +108,8 @@ def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Cho
 def passages(job: Job) -> list[Passage]:
     """The job on every stage.
 
-    Of n microbatches with mean u and growth b, the first x take x u + b x (x - n) / 2 and the x-th u + b (x - (n + 1) / 2).
-    Less than one microbatch is one that is so much shorter.  The first crossing is the first microbatch: one object twice.
+    Of n microbatches with mean u and growth b, the first takes u - b (n - 1) / 2, the last u + b (n - 1) / 2 and all n u.
+    Less than one microbatch is one that is so much shorter.  Up to the first it is the first alone: one object twice.
     """
     n, one = job.number, minimum(job.number, 1.0)
     if not np.any(n > 1):
@@ -119,18 +117,11 @@ def passages(job: Job) -> list[Passage]:
         return [Passage(seconds, seconds) for seconds in alone]
     if job.growths is None:
         alone = [[one * mean] * 2 for mean in job.means]
-        return [Passage([seconds[0], n * mean], seconds) for mean, seconds in zip(job.means, alone, strict=True)]
-    steps = [k / (CROSSINGS - 1) for k in range(1, CROSSINGS - 1)]
-    here = [one, *(minimum(1 + floor(step * (n - 1) + 0.5), n) for step in steps), n]
-    bends = [0.5 * x * (x - n) for x in here[1:-1]]
-    leans = [x - 0.5 * (one + n) for x in here]
-    found = []
-    for mean, growth in zip(job.means, job.growths, strict=True):
-        alike = one * mean
-        alone = [alike + lean * growth for lean in leans]
-        upto = [x * mean + bend * growth for x, bend in zip(here[1:-1], bends, strict=True)]
-        found.append(Passage([alone[0], *upto, n * mean], alone))
-    return found
+    else:
+        half = 0.5 * (n - one)
+        bends = [half * growth for growth in job.growths]
+        alone = [[one * mean - bend, one * mean + bend] for mean, bend in zip(job.means, bends, strict=True)]
+    return [Passage([seconds[0], n * mean], seconds) for mean, seconds in zip(job.means, alone, strict=True)]
 
 
 def _ends(

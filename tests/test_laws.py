@@ -25,6 +25,7 @@ from simulator.kernels.gemm import gemm
 from simulator.kernels.grouped_gemm import grouped_gemm
 from simulator.kernels.latent_attention import latent_attention
 from simulator.kernels.messages import PATTERNS, message
+from simulator.layers import Attention, LatentAttention
 from simulator.model import ModelSpec
 from simulator.parallel import DEGREES
 from simulator.phases import System
@@ -226,12 +227,12 @@ def test_runs_are_the_sum_over_their_chunks_wherever_they_are_cut(name: str, gpu
 @main_models
 @pytest.mark.parametrize("pp", [2, 4, 8])
 def test_a_pipeline_of_chunks_takes_what_its_simulation_takes(name: str, pp: int) -> None:
-    """Chunk by chunk through the stages, each stage one chunk at a time.  Where all chunks grow alike, to 0.05 %; where a window or
-    a block of the mask fills up on the way, to 0.3 %: runs stand for their mean and are taken to grow linearly."""
+    """Chunk by chunk through the stages, each stage one chunk at a time.  Where all chunks grow alike, to 0.1 %; where a window, a
+    block or a top-k fills up on the way, to 0.3 %: runs stand for their mean and are taken to grow linearly."""
     system, ticking = System(model(name), Layout(pp=pp)), clock("h200", pp)
     algebra = SecondsOverlapped(ticking.expected, ticking.demand)
     equal = [int(times) for times in system.times]
-    bent = any(type(getattr(layer, "mask", None)) in (Window, Chunked) for layer in model(name).layers)
+    bent = any(type(layer) not in (Attention, LatentAttention) or type(getattr(layer, "mask", Causal())) is not Causal for _, layer in model(name).mixers)
     for context, chunk, prompts in itertools.product((24_653, 131_072), (512, 2048, 8192, 16_384), (1, 5)):
         whole, last = divmod(context, chunk)
         steps = system.step((Segment(1.0, float(chunk), np.arange(whole) * float(chunk)),))
@@ -244,7 +245,7 @@ def test_a_pipeline_of_chunks_takes_what_its_simulation_takes(name: str, pp: int
             for s, taken in enumerate(np.repeat(job, equal).tolist()):
                 ready = done[s] = max(ready, done[s]) + taken
         found = float(fold(system.work(Prefill(float(context), float(prompts), chunk=float(chunk))), algebra))
-        assert relative(found, done[-1]) < (0.003 if bent else 0.0005), (context, chunk, prompts)
+        assert relative(found, done[-1]) < (0.003 if bent else 0.001), (context, chunk, prompts)
 
 
 @pytest.mark.parametrize("name", LATENT)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.schedule import CROSSINGS, Job, jobs_of, makespan, passages, turn
+from simulator.schedule import Job, jobs_of, makespan, passages, turn
 
 
 def simulated(job: Job, rounds: int = 1) -> float:
@@ -34,19 +34,18 @@ def grown(found: Sequence[tuple[int, int, int]], number: int) -> Job:
     return Job(float(number), [a + g * (number - 1) / 2 for a, g, _ in found], [float(g) for _, g, _ in found], [float(n) for *_, n in found])
 
 
-@given(stages, st.integers(1, CROSSINGS), st.integers(1, 2))
-def test_few_growing_microbatches_take_what_a_simulation_takes(found: list[tuple[int, int, int]], number: int, rounds: int) -> None:
+@given(stages, st.integers(1, 2), st.integers(1, 2))
+def test_two_growing_microbatches_take_what_a_simulation_takes(found: list[tuple[int, int, int]], number: int, rounds: int) -> None:
     job = grown(found, number)
     assert makespan([job], float(rounds)) == pytest.approx(simulated(job, rounds), rel=1e-12)
 
 
-@given(stages, st.integers(CROSSINGS + 1, 60))
+@given(stages, st.integers(3, 60))
 def test_many_growing_microbatches_are_never_long_and_short_by_no_more_than_is_said(found: list[tuple[int, int, int]], number: int) -> None:
     job = grown(found, number)
     took, exact = makespan([job]), simulated(job)
-    apart = (number - 1) / (CROSSINGS - 1) + 1
     steepest = max(abs(g - h) for _, g, _ in found for _, h, _ in found)
-    assert took <= exact * (1 + 1e-12) <= (took + (len(found) - 1) * steepest * apart**2 / 8) * (1 + 1e-9)
+    assert took <= exact * (1 + 1e-12) <= (took + (len(found) - 1) * steepest * (number - 1) ** 2 / 8) * (1 + 1e-9)
 
 
 @given(stages, st.integers(1, 60))
@@ -61,7 +60,7 @@ def test_a_run_grows_at_the_slope_between_its_neighbours() -> None:
     first, between, last = jobs_of(np.array([1.0, 8.0, 1.0]), [np.array([10.0, 14.5, 19.0]), np.array([3.0, 3.0, 3.0])], [1.0, 1.0], runs=True)
     assert (first.growths, last.growths) == (None, None)
     assert between.growths == pytest.approx([1.0, 0.0])
-    assert (between.number, between.means) == (8, [14.5, 3.0])
+    assert (between.number, list(between.means)) == (8, [14.5, 3.0])
 
 
 def test_a_stage_that_costs_the_same_in_every_run_needs_no_axis() -> None:

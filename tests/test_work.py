@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.phases import RUNS
-from simulator.schedule import CROSSINGS
 from simulator.work import (
     Aside,
     ByKernel,
@@ -205,14 +204,15 @@ def test_many_rounds_are_never_long_and_short_by_no_more_than_is_said(runs: list
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5)), min_size=1, max_size=5), st.integers(4, 60), st.integers(1, 2))
 def test_chunks_that_grow_through_uneven_stages_take_what_a_simulation_takes(stages: list[tuple[int, int]], chunks: int, rounds: int) -> None:
-    """Stage s takes a_s + j c_s for chunk j, told by the means of four runs: never long, and short by at most g h^2 / 8 for
-    each change of stage, with h one more where crossings are rounded to whole chunks."""
-    counts = np.array([1.0, *(share * (chunks - 2) for share in RUNS), 1.0])
+    """Stage s takes a_s + j c_s for chunk j, told by the means of runs: never long, and short by at most g n^2 / 8 for each change of
+    stage, with n the chunks of the longest run."""
+    ends = np.round(np.cumsum([0.0, *RUNS]) * (chunks - 2))
+    counts = np.array([1.0, *np.diff(ends), 1.0])
     middle = np.cumsum(counts) - counts / 2 - 0.5
     work = Pipeline([Flow(counts, [op(a + middle * c) for a, c in stages], runs=True)], float(rounds))  # type: ignore[arg-type]
     found = fold(work, serial_seconds)
     simulated = flow_shop([[float(a + j * c) for a, c in stages] for j in range(chunks)] * rounds)
-    apart = max(1.0, max(RUNS) * (chunks - 2) - 1) / (CROSSINGS - 1) + 1
+    apart = max(np.diff(ends))
     growth = max(abs(c - d) for _, c in stages for _, d in stages)
     assert found <= simulated * (1 + 1e-9)
     assert simulated <= (found + rounds * (len(stages) - 1) * growth * apart**2 / 8) * (1 + 1e-9)
