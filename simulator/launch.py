@@ -19,7 +19,7 @@ from simulator.work import Group, Op
 #: rows are padded to the instruction's 64.
 TILE_M, TILE_N, PAD_M = 128.0, 128.0, 64.0
 #: Outputs one SM holds in a wave of a large product, and the reads of a real raster over those of a square one.
-WAVE_TILE, RASTER = 128.0 * 256.0, 1.2
+WAVE_TILE, RASTER = 128.0 * 256.0, 1.3
 #: How many L2 caches of keys and values a head has when every second sweep misses.
 HALF_MISSED = 2.13
 #: Heads wider than this have tiles of their own.
@@ -49,8 +49,8 @@ def launch_gemm(op: Op, gpu: Gpu) -> Launched:
     the machine; every wave of tiles reads its own panels of both operands.
 
     HBM reads: what a wave of 128 x 256 tiles over all SMs asks for, flops (a + w) / (2 s) with s the side of the square it
-    covers, where that exceeds one reading of both operands; rasters are not square, which costs a fifth more.
-    Within 9 % (median) of DRAM counters on an H200, worst 30 %.  Source: FORMULAS 3.6; data/calibration/h200_sxm.
+    covers, where that exceeds one reading of both operands; rasters are not square, which costs a third more.
+    Within 8 % (median) of DRAM counters on an H200, worst 36 %.  Source: FORMULAS 3.6; data/calibration/h200_sxm.
     """
     s = op.shape
     m, n, k = s["m"], s["n"], s["k"]
