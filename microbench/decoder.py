@@ -98,13 +98,10 @@ def prepare(which: Case, device: Any) -> Prepared:
     return Prepared(lambda _: run(), 4 if which.impl.endswith("decode") else 1, captured=True, peak_bytes=float(peak))
 
 
-#: cuBLAS keeps this much on a Hopper GPU for the products of one stream.
-WORKSPACE_BYTES = 32 * 2**20
-
-
 def peak_bytes_of(which: Case) -> float:
     """Most bytes a case should hold: weights and caches of its copies, its two inputs, the residual stream, the widest op, the
-    rotary table and the expert choices, cuBLAS's workspace.
+    rotary table.  Neglected: expert choices and page tables (a few bytes a token), the copies that a latent layer makes to
+    join rotary and plain parts, weight gradients of the training direction.
     """
     kind, _, phase = which.impl.partition(".")
     spec, segment = model_of(kind), segment_of(which)
@@ -121,7 +118,7 @@ def peak_bytes_of(which: Case) -> float:
     copies = 4 if which.kernel == "decoder_layer" and phase == "decode" else 1
     embedding = spec.vocab_size * spec.hidden_size * 2.0 if which.kernel == "model" else 0.0
     _, widest = fold(work(which), PeakBytes(keeps_saved=phase == "training"))
-    return copies * held + embedding + 3 * tokens * spec.hidden_size * 2 + float(widest) + WORKSPACE_BYTES
+    return copies * held + embedding + 3 * tokens * spec.hidden_size * 2 + float(widest)
 
 
 def build(which: Case, device: Any) -> Callable[[], Any]:
