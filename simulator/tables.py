@@ -146,6 +146,8 @@ def print_models(document: dict[str, Any], console: Console) -> None:
             _stretched(entry["declared_tokens"], entry["trained_tokens"]),
             ("" if effective is None else ">= " if entry["effective_at_least"] else "") + _tokens(effective), entry["mixers"],
         ])  # fmt: skip
+    if not console.is_terminal:  # a file has room for a line per model
+        console.width = 200
     columns = ["model", "params", "active", "B/token", "at 128K", "at 1M", "declared", "effective", "mixers"]
     table = Table(title=f"{len(rows)} models", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
