@@ -528,7 +528,7 @@ def validate(kinds: tuple[str, ...], sources: tuple[str, ...], gpus: tuple[str, 
     if record and (kinds or sources or gpus):
         message = "--record: it records all rows; leave out --kind, --source and --gpu"
         raise ValueError(message)
-    compared, refused = checks.compare(kinds=kinds, sources=sources, gpus=[part(name).name for name in gpus])
+    compared, refused = checks.compare(kinds=kinds, sources=sources, gpus=[part(name).name for name in gpus], with_measured=not record)
     if record:
         click.echo(f"recorded {checks.record(checks.by_source(compared))}", err=True)
     if as_json:
