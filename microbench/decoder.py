@@ -23,11 +23,11 @@ from simulator.dtypes import C_BF16
 from simulator.hf import load_model
 from simulator.kernels.attention import Segment
 from simulator.layers import Attention, LatentAttention, MoE
-from simulator.layers.layer import Direction
+from simulator.layers.layer import Direction, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import System
-from simulator.work import Op, Serial, Work, fold, quantity
+from simulator.work import Op, PeakBytes, Serial, Work, fold, quantity
 
 KERNELS = ("decoder_layer", "model")
 MODELS = {"dense": "meta-llama/Meta-Llama-3.1-8B", "moe": "Qwen/Qwen3-30B-A3B", "mla": "deepseek-ai/DeepSeek-V2-Lite", "small": "Qwen/Qwen3-1.7B"}
@@ -87,14 +87,38 @@ def op(which: Case) -> Op:
 
 def prepare(which: Case, device: Any) -> Prepared:
     """Build the layer or model, run it once and note the most memory it held."""
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     run = build(which, device)
     if device.type == "cuda":
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     run()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
     return Prepared(lambda _: run(), 4 if which.impl.endswith("decode") else 1, captured=True, peak_bytes=float(peak))
+
+
+def peak_bytes_of(which: Case) -> float:
+    """Most bytes a case should hold: weights and caches of its copies, its two inputs, the residual stream, the widest op, the
+    rotary table.  Neglected: expert choices and page tables (a few bytes a token), the copies that a latent layer makes to
+    join rotary and plain parts, weight gradients of the training direction.
+    """
+    kind, _, phase = which.impl.partition(".")
+    spec, segment = model_of(kind), segment_of(which)
+    tokens = float(which["sequences"] * which["tokens"])
+    held = 0.0
+    for count, block in spec.blocks:
+        for layer in block:
+            share = layer.whole((segment,))
+            held += count * float(weight_bytes(layer, share))
+            if is_mixer(layer):
+                held += count * float(layer.state_bytes(share, C_BF16))
+                rope = layer.qk_rope_head_dim if isinstance(layer, LatentAttention) else layer.rotary_dim
+                held += count * which["context"] * rope * 4.0
+    copies = 4 if which.kernel == "decoder_layer" and phase == "decode" else 1
+    embedding = spec.vocab_size * spec.hidden_size * 2.0 if which.kernel == "model" else 0.0
+    _, widest = fold(work(which), PeakBytes(keeps_saved=phase == "training"))
+    return copies * held + embedding + 3 * tokens * spec.hidden_size * 2 + float(widest)
 
 
 def build(which: Case, device: Any) -> Callable[[], Any]:
@@ -187,16 +211,19 @@ class Block:
     def __call__(self, x: Any, residual: Any) -> tuple[Any, Any]:
         """norm, mixer, norm, channel mixer: the two tensors that go on."""
         x, residual = self._norm(x, residual, 0)
-        x = self._latent_mixer(x) if isinstance(self.mixer, LatentAttention) else self._attention(x)[0]
+        x = self._latent_mixer(x) if isinstance(self.mixer, LatentAttention) else self._attention(x)
         x, residual = self._norm(x, residual, 1)
-        return self._experts(x) if isinstance(self.channel, MoE) else self._mlp(x)[0], residual
+        # handed over, not kept: nothing but the residual stream lives beside the widest op
+        handed = [x]
+        del x
+        return self._experts(handed.pop()) if isinstance(self.channel, MoE) else self._mlp(handed.pop()), residual
 
     def _norm(self, x: Any, residual: Any, which: int) -> tuple[Any, Any]:
         out, added = torch.empty_like(x), torch.empty_like(x)
         self.kernels.norm(x, residual, self.norms[which], out, added, EPS)
         return out, added
 
-    def _attention(self, x: Any) -> tuple[Any, Any]:
+    def _attention(self, x: Any) -> Any:
         mixer: Attention = self.mixer
         h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
         qkv = x @ self.qkv.t()
@@ -207,11 +234,11 @@ class Block:
         if self.new == 1:
             out = torch.empty(self.batch, h, d, device=x.device, dtype=x.dtype)
             self.kernels.paged_decode(qkv[:, : h * d].reshape(self.batch, h, d), *self.cache, self.table, self.lengths, out, self.scratch)
-            return out.view(-1, h * d) @ self.o.t(), None
+            return out.view(-1, h * d) @ self.o.t()
         rows = qkv.view(self.batch, self.new, h + 2 * g, d)
         q, k, v = rows[:, :, :h], rows[:, :, h : h + g], rows[:, :, h + g :]
         core = attention.forward("cudnn", q, k, v)
-        return core.reshape(-1, h * d) @ self.o.t(), (q, k, v, core)
+        return core.reshape(-1, h * d) @ self.o.t()
 
     def _latent_mixer(self, x: Any) -> Any:
         mixer: LatentAttention = self.mixer
@@ -239,27 +266,35 @@ class Block:
         core = attention.forward("cudnn", queries, keys, expanded[..., dn:].contiguous())
         return core.reshape(-1, h * dv) @ self.o.t()
 
-    def _mlp(self, x: Any) -> tuple[Any, Any]:
+    def _mlp(self, x: Any) -> Any:
         gate_up = x @ self.gate_up.t()
-        inner = torch.empty(x.shape[0], gate_up.shape[1] // 2, device=x.device, dtype=x.dtype)
+        del x
+        inner = self._activated(gate_up)
+        del gate_up
+        return inner @ self.down_proj.t()
+
+    def _activated(self, gate_up: Any) -> Any:
+        inner = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, device=gate_up.device, dtype=gate_up.dtype)
         self.kernels.activation(gate_up, inner)
-        return inner @ self.down_proj.t(), (gate_up, inner)
+        return inner
 
     def _experts(self, x: Any) -> Any:
         x @ self.router.t()
         rows = torch.empty(self.sources.numel(), self.width, device=x.device, dtype=x.dtype)
         self.kernels.gather(x, self.sources, rows)
-        gate_up = grouped(rows, self.gate_up, self.ends)
-        inner = torch.empty(rows.shape[0], gate_up.shape[1] // 2, device=x.device, dtype=x.dtype)
-        self.kernels.activation(gate_up, inner)
-        rows = grouped(inner, self.down_proj, self.ends)
         out = torch.empty_like(x)
+        if not self.channel.shared_intermediate_size:
+            del x
+        gate_up = grouped(rows, self.gate_up, self.ends)
+        del rows
+        inner = self._activated(gate_up)
+        del gate_up
+        rows = grouped(inner, self.down_proj, self.ends)
+        del inner
         self.kernels.combine(rows, self.places, self.shares, out)
+        del rows
         if self.channel.shared_intermediate_size:
-            gate_up = x @ self.shared_up.t()
-            inner = torch.empty(x.shape[0], gate_up.shape[1] // 2, device=x.device, dtype=x.dtype)
-            self.kernels.activation(gate_up, inner)
-            out = out + inner @ self.shared_down.t()
+            out += self._activated(x @ self.shared_up.t()) @ self.shared_down.t()
         return out
 
     def training(self, x: Any, residual: Any) -> Any:
@@ -274,12 +309,15 @@ class Block:
         saved = attention.saving("cudnn", q, k, v)
         core = saved[0].transpose(1, 2).reshape(-1, h * d)
         second, added_2 = self._norm(core @ self.o.t(), added, 1)
-        out, (gate_up, inner) = self._mlp(second)
-        grad = out
+        gate_up = second @ self.gate_up.t()
+        inner = self._activated(gate_up)
+        grad = inner @ self.down_proj.t()
         d_down = grad.t() @ inner
+        del inner
         d_inner = grad @ self.down_proj
         d_gate_up = torch.empty_like(gate_up)
         kernels.activation_backward(gate_up, d_inner, d_gate_up)
+        del gate_up, d_inner
         d_gate = d_gate_up.t() @ second
         grad, d_norm_2 = kernels.norm_backward(added_2, self.norms[1], d_gate_up @ self.gate_up, grad, EPS)
         d_o = grad.t() @ core

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import datetime
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from microbench.case import Case
+from microbench import decoder
+from microbench.case import LONGEST_FITTED, Case
 from microbench.run import case_of, module_of, read
 from simulator.calibration import Calibration, Constants, Family
+from simulator.data import data_path
 from simulator.hardware import Cluster, Gpu, cluster, gpu
-from simulator.timing import Clock
+from simulator.timing import Clock, seconds_expected
 from simulator.units import Array
+from simulator.validate import Compared
 from simulator.work import Op
 
 #: Constants a kernel is fitted by: start, least and largest value (all but the exponent in log).
@@ -306,8 +309,9 @@ def write(profile: Profile, folder: Path) -> None:
             table.writerow((*q.family, q.held, *(f"{getattr(q, n):.4g}" for n in names), q.worst))
 
 
-#: What all ops of a machine share: two cards of one kind, measured a few minutes apart, differed by 3 % in sustained products.
-COMMON_SIGMA = 0.03
+#: What all ops of a machine share: two cards of one kind differed by 3 % in sustained products, whole layers by 6 % from the sum of
+#: their ops (80th percentile over both).
+COMMON_SIGMA = 0.05
 
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
@@ -316,6 +320,34 @@ def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str
     values = [f"{n} = {getattr(constants, n)!r}" for n in named if getattr(constants, n) != getattr(plain, n) or n in FREE.get(kernel, ())]
     return ["[[family]]", f'kernel = "{kernel}"', f'impl = "{impl}"', f'dtype = "{dtype}"', *values, f'basis = "{constants.basis}"',
             f'source = "{constants.source}"', ""]  # fmt: skip
+
+
+def measured() -> Iterator[Compared]:
+    """Every shipped row beside the shipped profile's prediction, for `longctx validate`: fitted rows and, by what they test, the
+    held-out ones; whole layers as sums of their ops.
+    """
+    for folder in sorted(path.parent for path in data_path("calibration").glob("*/constants.toml")):
+        part, families = gather(folder / "runs")
+        machine, calibration = cluster(part, 1), Calibration.load(part)
+        clock = Clock(machine, calibration)
+        for family, rows in families.items():
+            sigma = float(np.hypot(calibration.constants(family).sigma, calibration.common_sigma))
+            for which, seconds, predicted in zip(rows.cases, rows.seconds, np.asarray(clock.expected(rows.op)), strict=True):
+                yield _compared(which, part, float(predicted), float(seconds), sigma)
+        newest = {case_of(row): row for file in sorted((folder / "runs").glob("nvidia*.csv")) for row in read(file)[1] if row["kernel"] in decoder.KERNELS}
+        for which, row in newest.items():
+            yield _compared(which, part, float(seconds_expected(decoder.work(which), clock)), float(row["p50_s"]), 1.5 * calibration.common_sigma)
+
+
+def _compared(which: Case, part: Gpu, predicted: float, seconds: float, sigma: float) -> Compared:
+    spread = float(np.exp(Z80 * sigma))
+    held = {"": "fit", "size": "held out", "layout": "held out", "length": "held out"}[which.held]
+    use = "score" if which.kernel in decoder.KERNELS else held
+    kind = which.kernel + (f" to {LONGEST_FITTED // 1024}K+" if which.held == "length" else "")
+    return Compared(
+        f"measured here, {' '.join(filter(None, (which.impl, which.dtype)))}", kind, which.regime, part.name, use, "s", predicted, seconds,
+        predicted / spread, predicted * spread, "calibrated", which.extents,
+    )  # fmt: skip
 
 
 def draw(profile: Profile, folder: Path) -> Path:

@@ -57,12 +57,15 @@ IDENTITY = Constants()
 
 @dataclass(frozen=True)
 class Calibration:
-    """Constants by family; `common_sigma` is the error shared by all ops (clock, engine)."""
+    """Constants by family; `common_sigma` is the error shared by all ops (clock, engine).  Kernels beside a message run
+    1 + `interference` as long: it takes SMs and memory bandwidth from them (0 until measured).
+    """
 
     gpu: str = ""
     families: dict[Family, Constants] = field(default_factory=dict)
     common_sigma: float = 0.0
     description: str = "none: the identity"
+    interference: float = 0.0
 
     @staticmethod
     def none() -> Calibration:
@@ -134,16 +137,19 @@ def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str =
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{file}: not TOML ({error}); calibrate again"
         raise ValueError(message) from error
-    rows, common = data.get("family"), data.get("common_sigma", 0.0)
+    rows, common, interference = data.get("family"), data.get("common_sigma", 0.0), data.get("interference", 0.0)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("kernel"), str) for row in rows):
         message = f"{file}: has no [[family]] tables with a kernel each; calibrate again"
+        raise ValueError(message)
+    if not _is_number(interference, least=0.0):
+        message = f"{file}: interference = {interference!r} is not a number from 0; calibrate again"
         raise ValueError(message)
     if not _is_number(common, least=0.0):
         message = f"{file}: common_sigma = {common!r} is not a number from 0; calibrate again"
         raise ValueError(message)
     rows = sorted((row for row in rows if row.get("architecture", architecture) == architecture), key=lambda row: "architecture" in row)
     families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row, file) for row in rows}
-    return Calibration(gpu, families, float(common), f"{data.get('description', gpu)} ({whose} profile)")
+    return Calibration(gpu, families, float(common), f"{data.get('description', gpu)} ({whose} profile)", float(interference))
 
 
 BASES = ("measured", "calibrated", "analytic", "assumed")

@@ -231,7 +231,7 @@ def kv(
 
     degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
     machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
-    layout, engine = Layout(**degrees), Vllm(memory_fraction, block_size, chunk)
+    layout, engine = Layout(**degrees), Vllm(memory_fraction, block_size, chunk)  # type: ignore[arg-type]
     check(spec, machine, layout)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "layout": str(layout),
@@ -358,7 +358,7 @@ def estimate(
         raise ValueError(message)
     degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
     machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
-    layout = Layout(**degrees)
+    layout = Layout(**degrees)  # type: ignore[arg-type]
     asked: Prefill | Decode
     if phase == "prefill":
         asked = Prefill(float(context), float(batch), float(prefix), None if chunk is None else float(chunk))
@@ -378,6 +378,54 @@ def estimate(
         click.echo(report.emit(document))
     else:
         report.print_estimate(document, found, _console())
+
+
+@main.command("compare-cp")
+@click.argument("model")
+@machine_options
+@click.option("--context", type=TOKENS, default="1M", show_default=True, help="Tokens of the prompt.")
+@click.option("--prefix", type=TOKENS, default=None, help="Tokens of it already cached (default: none).")
+@click.option("--tp", type=POSITIVE, default=None, help="Tensor-parallel degree beneath (default: the largest in a node).")
+@format_options
+@click.option("--timeline", type=click.Path(dir_okay=False), default=None, help="Write the intervals of every ring position of the fastest ring here.")
+@output_options
+def compare_cp(
+    model: str, gpu: str, gpus: int | None, context: int, prefix: int | None, tp: int | None, weights: str | None, cache: str | None,
+    timeline: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """All ways to share one long prompt's tokens among GPUs, side by side.
+
+    Engines differ in which of them they run; none is printed as a launch command here.
+    """
+    from pathlib import Path
+
+    from simulator import report
+    from simulator.compare_cp import compare, ring_timeline
+    from simulator.planner import warnings
+    from simulator.serving import Request
+    from simulator.timeline import document as intervals
+
+    past = prefix or 0
+    if past >= context:
+        message = f"--prefix {past}: it must be smaller than --context {context}; the last token is always computed"
+        raise ValueError(message)
+    machine, spec = _machine(gpu, 64 if gpus is None else gpus, {}), _model(model, weights, cache)
+    found = compare(spec, machine, context, prefix=past, tp=tp)
+    inputs = {
+        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "prefix": past, "tp": tp,
+        "weights": weights or spec.quantization, "cache": spec.cache.name,
+    }  # fmt: skip
+    told = report.compare_cp_document(found, inputs, warnings(spec, Request(context), machine))
+    if timeline is not None:
+        ring = next((way for way in found if way.estimate is not None and way.layout.cp > 1), None)
+        if ring is None:
+            message = f"--timeline {timeline}: no ring is possible here, so there is nothing to write"
+            raise ValueError(message)
+        Path(timeline).write_text(report.emit({"way": ring.name, "spans": intervals(ring_timeline(ring))}), encoding="utf-8")
+    if as_json:
+        click.echo(report.emit(told))
+    else:
+        report.print_compare_cp(told, found, _console())
 
 
 @main.group()
@@ -480,7 +528,7 @@ def validate(kinds: tuple[str, ...], sources: tuple[str, ...], gpus: tuple[str, 
     if record and (kinds or sources or gpus):
         message = "--record: it records all rows; leave out --kind, --source and --gpu"
         raise ValueError(message)
-    compared, refused = checks.compare(kinds=kinds, sources=sources, gpus=[part(name).name for name in gpus])
+    compared, refused = checks.compare(kinds=kinds, sources=sources, gpus=[part(name).name for name in gpus], with_measured=not record)
     if record:
         click.echo(f"recorded {checks.record(checks.by_source(compared))}", err=True)
     if as_json:

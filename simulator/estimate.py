@@ -31,7 +31,7 @@ from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
 from simulator.timing import Clock, bounded, calibrated, clock_of, once
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
-from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsOverlapped, SecondsSerial, Together, Work, fold, quantity
+from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004
@@ -171,7 +171,7 @@ def estimate(
     lower, value, upper, by_family, rows, (_, peak), *totals = fold(
         work,
         Together(
-            bound, SecondsOverlapped(expected, bound.demands), SecondsSerial(expected), ByKernel(expected), Rows(expected),
+            bound, calibrated(clock, expected, bound.demands), SecondsSerial(expected), ByKernel(expected), Rows(expected),
             PeakBytes(keeps_saved=False), *(quantity(name) for name in amounts),
         ),
     )  # fmt: skip
@@ -245,7 +245,7 @@ def bare(
     arrays = any(isinstance(x, np.ndarray) for group in system.layout.groups.values() for x in (group.ranks, group.stride))
     clock = Clock(cluster, calibration) if arrays else clock_of(cluster, calibration)
     bound = bounded(clock)
-    times = bound, calibrated(clock, bound)
+    times = bound, calibrated(clock, demand=bound.demands)
     if not with_footprint:
         lower, seconds = fold(work, Together(*times))
         return Bare(lower, seconds, 0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""What a GPU makes of an op: tiles, waves, splits, padding, re-reads; and which algorithm carries a message.
+"""What a GPU makes of an op: tiles, waves, splits, padding, re-reads.
 
 Bounds use the op's compulsory quantities; expected times use what is worked out here.  One function per kernel, in
 `LAUNCHES`.  Everything is closed form, for numbers and arrays alike.
@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
-from simulator.hardware import Cluster, Gpu, link_seeds
-from simulator.units import Bytes, Count, Flops, Num, Seconds, ceil, floor, maximum, minimum, where
-from simulator.work import Group, Op
+from simulator.hardware import Gpu
+from simulator.units import Bytes, Count, Flops, Num, ceil, maximum, minimum, where
+from simulator.work import Op
 
 #: Rows and columns of the output tile of large products on tensor cores since Ampere (CUTLASS and cuBLAS defaults);
 #: rows are padded to the instruction's 64.
 TILE_M, TILE_N, PAD_M = 128.0, 128.0, 64.0
 #: Outputs one SM holds in a wave of a large product, and the reads of a real raster over those of a square one.
-WAVE_TILE, RASTER = 128.0 * 256.0, 1.2
+WAVE_TILE, RASTER = 128.0 * 256.0, 1.3
 #: How many L2 caches of keys and values a head has when every second sweep misses.
 HALF_MISSED = 2.13
 #: Heads wider than this have tiles of their own.
@@ -49,8 +47,8 @@ def launch_gemm(op: Op, gpu: Gpu) -> Launched:
     the machine; every wave of tiles reads its own panels of both operands.
 
     HBM reads: what a wave of 128 x 256 tiles over all SMs asks for, flops (a + w) / (2 s) with s the side of the square it
-    covers, where that exceeds one reading of both operands; rasters are not square, which costs a fifth more.
-    Within 9 % (median) of DRAM counters on an H200, worst 30 %.  Source: FORMULAS 3.6; data/calibration/h200_sxm.
+    covers, where that exceeds one reading of both operands; rasters are not square, which costs a third more.
+    Within 8 % (median) of DRAM counters on an H200, worst 36 %.  Source: FORMULAS 3.6; data/calibration/h200_sxm.
     """
     s = op.shape
     m, n, k = s["m"], s["n"], s["k"]
@@ -148,69 +146,6 @@ def launch(op: Op, gpu: Gpu) -> Launched:
     return LAUNCHES[op.kernel](op, gpu)
 
 
-#: Of NCCL's protocols: share of the link rate that carries data, and latency of a hop over that of LL.
-#: LL sends a flag with every 4 bytes; the others' hop latencies are NCCL's (links.toml), NVLink rows.
-_LL_RATE, _SIMPLE_HOP = 0.5, 3.4 / 0.6
-
-
-class Port(NamedTuple):
-    """What messages of one pattern meet in one group: everything of their time but their size.
-
-    `share` of the wire bytes passes this rank's slowest port at `bytes_per_s`; `short_s` and `long_s` are the latencies
-    of all steps under LL and under Simple.
-    """
-
-    share: Num
-    bytes_per_s: Num
-    short_s: Seconds
-    long_s: Seconds
-
-
-def port(pattern: str, group: Group, cluster: Cluster) -> Port:
-    """The slowest port of a rank of `group`.
-
-    Inside one scale-up domain: everything at the domain's rate.  Across nodes, with l ranks of the group per node:
-    rings cross a node's edge once each, so all-reduce, all-gather and reduce-scatter run at min(scale-up, l x NIC);
-    an all-to-all sends (n - l) / (n - 1) of its wire bytes through the rank's own NIC.  Hops: the lower of ring
-    2 (n - 1) and tree 2 log2 n for an all-reduce, n - 1 for gathers, one for sends and all-to-alls.
-    NVLS (reduction in the switch) is left out: it needs multicast, which not every host allows.
-    Source: FORMULAS 5.1, 5.3; NCCL src/graph/tuning.cc.
-    """
-    n = group.ranks
-    crossing = cluster.tier(n, group.stride)
-    share: Num = 1.0
-    rate = crossing.bytes_per_s
-    inside = type(crossing.index) is float and crossing.index == 0.0
-    if len(cluster.tiers) > 1 and not inside and pattern != "send":
-        first = cluster.tiers[0]
-        local = maximum(minimum(n, floor(minimum(first.domain, cluster.gpus_per_node) / group.stride)), 1.0)
-        outside = crossing.index > 0
-        if pattern == "all_to_all":
-            share = where(outside, maximum(n - local, 0.0) / maximum(n - 1.0, 1.0), 1.0)
-        else:
-            rate = where(outside, minimum(first.bytes_per_s, rate * local), rate)
-    if pattern == "all_reduce":
-        steps = minimum(2 * (n - 1), 2 * _log2(n))
-    else:
-        steps = n - 1 if pattern in ("all_gather", "reduce_scatter") else minimum(n - 1, 1.0)
-    base = link_seeds().latency_s["base"]["ring"]
-    hop = crossing.latency_s
-    return Port(share, rate, base["ll"] + steps * hop, base["simple"] + steps * hop * _SIMPLE_HOP)
-
-
-def carry(wire_bytes: Bytes, through: Port, attained: Num) -> Seconds:
-    """Seconds of a message under the protocol NCCL would choose by size: the lesser of LL and Simple.
-
-    t = latency + bytes / rate; no bytes take no time.
-    """
-    ideal = wire_bytes * (through.share / (through.bytes_per_s * attained))
-    return where(wire_bytes > 0, minimum(through.short_s + ideal * (1 / _LL_RATE), through.long_s + ideal), 0.0)
-
-
-def _log2(n: Num) -> Num:
-    return float(np.log2(n)) if isinstance(n, (int, float)) else np.log2(n)
-
-
 def fills(launched: Launched, split: Num, wave: Num) -> Num:
     """The share of the machine that a launch keeps busy, from its tiles and the slots they run in.
 
@@ -277,4 +212,4 @@ LAUNCHES |= {
     "long_convolution": launch_plain,
 }
 
-__all__ = ["LAUNCHES", "Launched", "Port", "carry", "fills", "launch", "port"]
+__all__ = ["LAUNCHES", "Launched", "fills", "launch"]

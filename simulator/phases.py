@@ -212,7 +212,7 @@ class System:
 
     def residual_bytes(self, step_tokens: Num) -> Bytes:
         """The residual streams and the block output beside them: tensors of T D."""
-        return step_tokens * ((1 + self.model.streams) * self.model.hidden_size * BF16.bytes)
+        return step_tokens * ((1 + self.model.streams) * self.model.hidden_size * BF16.bytes) / self.layout.token_ranks
 
     def activation_bytes(self, step_tokens: Num) -> Bytes:
         """The most activations held in one step of `step_tokens`: the residual stream and the widest op of any layer.

@@ -126,7 +126,8 @@ def refusals(model: ModelSpec, layout: Layout, engine: Vllm, gpus_per_node: int 
 
 def stack(chosen: list[Layout]) -> Layout:
     """Many layouts as one whose degrees are arrays."""
-    return Layout(**{name: np.array([float(getattr(layout, name)) for layout in chosen]) for name in DEGREES})
+    columns = {name: [float(getattr(layout, name)) for layout in chosen] for name in DEGREES}
+    return Layout(**{name: np.array(column) for name, column in columns.items() if name == "tp" or max(column) > 1})  # type: ignore[arg-type]
 
 
 def hold(model: ModelSpec, chosen: list[Layout], machine: Cluster, request: Request, engine: Vllm) -> list[Candidate]:
@@ -257,7 +258,7 @@ def _allowed(
         if all(getattr(layout, name) == degree for name, degree in fixed.items())
     ]  # fmt: skip
     if not chosen:
-        for refusal in refusals(model, Layout(**fixed), engine, machine.gpus_per_node):
+        for refusal in refusals(model, Layout(**fixed), engine, machine.gpus_per_node):  # type: ignore[arg-type]
             raise ValueError(refusal)
         chosen = [_completed(machine, fixed)]
     for layout in chosen:
@@ -273,7 +274,7 @@ def _allowed(
 
 def _completed(machine: Cluster, fixed: dict[str, int]) -> Layout:
     """The layout the user asked for, replicas filling the rest; ValueError where the degrees do not fill the cluster."""
-    layout = Layout(**fixed)
+    layout = Layout(**fixed)  # type: ignore[arg-type]
     if "dp" not in fixed and machine.gpus % int(layout.gpus) == 0:
         layout = replace(layout, dp=machine.gpus // int(layout.gpus))
     if layout.gpus != machine.gpus:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulator.calibration import Calibration
+from simulator.compare_cp import Contender
 from simulator.engines.vllm import Capacity, Vllm
 from simulator.estimate import Estimate, Interval, binding_resource
 from simulator.footprint import Footprint
@@ -562,3 +563,57 @@ def print_kernel(document: dict[str, Any], console: Console) -> None:
 
 
 __all__ = ["Vllm", "emit", "print_size", "size_document", "verdict"]
+
+
+# ---- compare-cp
+
+
+def compare_cp_document(found: Sequence[Contender], inputs: dict[str, Any], warnings: Sequence[str]) -> dict[str, Any]:
+    """The keys of `compare-cp`."""
+    return {**_head(inputs, warnings), "ways": [_way(contender) for contender in found]}
+
+
+def _way(contender: Contender) -> dict[str, Any]:
+    answer, layout = contender.estimate, contender.layout
+    told: dict[str, Any] = {
+        "name": contender.name, "layout": str(layout), "tp": int(layout.tp), "cp": int(layout.cp), "ulysses": int(layout.ulysses), "pp": int(layout.pp),
+        "order": layout.order, "passing": layout.passing, "chunk": contender.chunk, "limit": contender.limit or None, "refused": contender.refused is not None,
+    }  # fmt: skip
+    if answer is None:
+        return told | {"fits": False}
+    held = answer.footprint
+    memory = {"weights": float(held.weights), "cache": float(held.cache), "activations": float(held.activations), "total": float(held.total)}
+    return told | {
+        "fits": not contender.limit, "prefill_s": answer.seconds.document(), "lower_s": answer.lower, "exposed_s": contender.exposed_s,
+        "wire_bytes": answer.wire_bytes, "memory_bytes_per_gpu": memory,
+    }  # fmt: skip
+
+
+def print_compare_cp(document: dict[str, Any], found: Sequence[Contender], console: Console) -> None:
+    """One line for each way; what is refused says by which rule."""
+    inputs = document["inputs"]
+    console.print(
+        f"[bold]{inputs['model']}[/] on {inputs['gpus']} x {inputs['gpu']}: prefill of {show_tokens(inputs['context'])}"
+        + (f" after {show_tokens(inputs['prefix'])}" if inputs["prefix"] else ""), highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for warning in document["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    console.print()
+    rows = []
+    for way in found:
+        if way.estimate is None:
+            rows.append([way.name, str(way.layout), "", "", "", "", "refused"])
+            continue
+        answer = way.estimate
+        rows.append([
+            way.name, str(way.layout), show(answer.seconds), span(answer.seconds), SECONDS.show(max(way.exposed_s, 0.0), 2), BYTES.show(answer.wire_bytes),
+            gib(float(answer.footprint.total)) + (" (too much)" if way.limit else ""),
+        ])  # fmt: skip
+    _table(console, "Ways to share the tokens", ["way", "layout", "prefill", "80 %", "exposed", "sent per GPU", "holds per GPU"], rows)
+    for way in found:
+        if way.refused is not None:
+            console.print(f"{way.name}: {way.refused}", highlight=False, soft_wrap=True)
+    console.print(
+        "exposed: what the prefill would save if messages took no time.  No launch command: which of these an engine runs depends on its\n"
+        "version and attention backend; `longctx size` prints only commands its engine starts.", highlight=False, soft_wrap=True,
+    )  # fmt: skip

@@ -146,11 +146,17 @@ def print_models(document: dict[str, Any], console: Console) -> None:
             _stretched(entry["declared_tokens"], entry["trained_tokens"]),
             ("" if effective is None else ">= " if entry["effective_at_least"] else "") + _tokens(effective), entry["mixers"],
         ])  # fmt: skip
+    if not console.is_terminal:  # a file has room for a line per model
+        console.width = 200
     columns = ["model", "params", "active", "B/token", "at 128K", "at 1M", "declared", "effective", "mixers"]
     table = Table(title=f"{len(rows)} models", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
+    for index, column in enumerate(columns):
         left = column in ("model", "mixers")
-        table.add_column(column, justify="left" if left else "right", no_wrap=not left or column == "model", overflow="fold")
+        # a long stack is cut, not folded: one line per model (--json has all of it)
+        widest = max(len(column), *(len(row[index]) for row in rows)) if rows else len(column)
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", min_width=16 if column == "mixers" else widest,
+        )  # fmt: skip
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)

@@ -12,15 +12,16 @@ Source: FORMULAS 3.7.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from simulator.calibration import Calibration
+from simulator.collectives import Port, carry, port
 from simulator.hardware import Cluster
-from simulator.launch import Port, carry, fills, launch, port
+from simulator.launch import fills, launch
 from simulator.units import Num, Seconds, maximum, minimum, raise_to, root, where
-from simulator.work import Group, Leaf, Message, SecondsOverlapped, SecondsSerial, Work, fold
+from simulator.work import Demands, Group, Leaf, Message, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
 
 
 class Clock:
@@ -161,11 +162,57 @@ def bounded(clock: Clock) -> SecondsOverlapped:
     return SecondsOverlapped(clock.bound, clock.demand)
 
 
-def calibrated(clock: Clock, beside: SecondsOverlapped | None = None) -> SecondsOverlapped:
-    """The algebra of expected times: calibrated leaves, overlap where the tree says so.  `beside` another algebra of the same
-    clock it asks for what resources are occupied.
+def calibrated(
+    clock: Clock, seconds: Callable[[Leaf], Seconds] | None = None, demand: Demands | None = None
+) -> SecondsOverlapped:
+    """The algebra of expected times: calibrated leaves, overlap where the tree says so.  `seconds` and `demand` may be those
+    that other algebras of the same clock ask for, so that they are worked out once.
     """
-    return SecondsOverlapped(clock.expected, clock.demand if beside is None else beside.demands)
+    seconds, asked = seconds or clock.expected, demand or clock.demand
+    if clock.calibration.interference:
+        return Interfering(seconds, asked, clock.calibration.interference)
+    return SecondsOverlapped(seconds, asked)
+
+
+class Interfering(SecondsOverlapped):
+    """Expected times where kernels beside a message run 1 + i as long.
+
+    While a message of m seconds moves, kernels do m / (1 + i) seconds' worth: with c seconds of them, an overlap takes
+    max(m, c + min(m, c (1 + i)) i / (1 + i)).
+    """
+
+    def __init__(
+        self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]] | Demands, slowed: float
+    ) -> None:
+        super().__init__(leaf_seconds, demand)
+        self.slowed = slowed
+
+    def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:
+        """As without interference, and never less than the slowed kernels."""
+        free = super().overlap(parts, values)
+        sent = [value for part, value in zip(parts, values, strict=True) if _sends(part)]
+        ran = [value for part, value in zip(parts, values, strict=True) if not _sends(part)]
+        if not sent or not ran:
+            return free
+        moving, running = _longest(sent), _longest(ran)
+        beside = minimum(moving, running * (1 + self.slowed))
+        return maximum(free, running + beside * (self.slowed / (1 + self.slowed)))
+
+
+def _longest(values: Sequence[Num]) -> Num:
+    first, *rest = values
+    for value in rest:
+        first = maximum(first, value)
+    return first
+
+
+def _sends(work: Work) -> bool:
+    """Whether a part of an overlap is messages alone."""
+    if isinstance(work, Message):
+        return True
+    if isinstance(work, Repeat):
+        return _sends(work.work)
+    return isinstance(work, Serial) and bool(work.parts) and all(_sends(part) for part in work.parts)
 
 
 def seconds_bound(work: Work, clock: Clock) -> Seconds:

@@ -11,6 +11,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,16 +110,31 @@ def _answered(row: Measurement) -> Compared | Refused:
     )
 
 
-#: Where comparisons come from.  A suite of measurements made here yields the same two records.
+#: Where comparisons come from.
 SUITES: Mapping[str, Callable[[], Iterable[Compared | Refused]]] = {"published": published}
 
 
-def compare(*, kinds: Sequence[str] = (), sources: Sequence[str] = (), gpus: Sequence[str] = ()) -> tuple[list[Compared], list[Refused]]:
-    """All suites, or the kinds, sources and GPUs asked for (a GPU by our name, or by a part of what a refused row calls it).
+def measured() -> Iterator[Compared]:
+    """Rows measured by installed packages (entry points `longctx.suites`); none where what they need is missing (PyTorch)."""
+    for point in entry_points(group="longctx.suites"):
+        try:
+            suite = point.load()
+        except ImportError:
+            continue
+        yield from suite()
+
+
+def compare(
+    *, kinds: Sequence[str] = (), sources: Sequence[str] = (), gpus: Sequence[str] = (), with_measured: bool = False
+) -> tuple[list[Compared], list[Refused]]:
+    """All published rows (and those measured here), or the kinds, sources and GPUs asked for (a GPU by our name, or by a part of
+    what a refused row calls it).
 
     Errors: ValueError for a kind, source or GPU that no row has.
     """
-    found = [one for suite in SUITES.values() for one in suite()]
+    found: list[Compared | Refused] = [one for suite in SUITES.values() for one in suite()]
+    if with_measured:
+        found += measured()
     for option, asked, known in (
         ("--kind", kinds, {one.kind for one in found}), ("--source", sources, {one.source for one in found}),
         ("--gpu", gpus, {one.gpu for one in found if isinstance(one, Compared) and one.gpu}),

@@ -401,6 +401,10 @@ def test_every_model_of_the_catalog_answers_kv(say: Say, name: str) -> None:
 @pytest.mark.parametrize("number", [8, 16])
 def test_every_model_of_the_catalog_answers_size(say: Say, name: str, number: int) -> None:
     said = say("size", name, "--gpus", number, "--context", "32K", "--json")
+    if "keeps no cache" in said.err:  # encoders decode nothing: one line says what to ask instead
+        assert said.code == 2
+        assert name in ("allenai/longformer-base-4096", "google/bigbird-roberta-base")
+        return
     assert said.code in (0, 3)
     assert said.err == ""
     assert math.isfinite(said.document["memory_bytes_per_gpu"]["total"])

@@ -514,7 +514,7 @@ def test_one_rank_sends_nothing(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(ranks=st.integers(2, 1024), payload=st.integers(1, 2**40))
 def test_a_message_puts_on_the_wire_what_nccl_tests_says(pattern: str, ranks: int, payload: int) -> None:
-    factor = {"all_reduce": 2 * (ranks - 1) / ranks, "send": 1.0}.get(pattern, (ranks - 1) / ranks)
+    factor = {"all_reduce": 2 * (ranks - 1) / ranks, "send": 1.0, "broadcast": 1.0}.get(pattern, (ranks - 1) / ranks)
     sent = message("m", pattern, group=Group("g", float(ranks)), payload_bytes=float(payload))
     assert sent.wire_bytes == pytest.approx(factor * payload, rel=1e-14)
     assert sent.payload_bytes == payload
@@ -528,5 +528,5 @@ def test_5_1_and_5_2_bytes_of_tensor_parallelism() -> None:
 
 
 def test_an_unknown_pattern_is_refused_with_those_known() -> None:
-    with pytest.raises(ValueError, match="'broadcast'.*use one of all_reduce"):
-        message("m", "broadcast", group=Group("g", 2.0), payload_bytes=1.0)
+    with pytest.raises(ValueError, match="'gossip'.*use one of all_reduce"):
+        message("m", "gossip", group=Group("g", 2.0), payload_bytes=1.0)

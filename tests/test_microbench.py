@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from simulator.calibration import Calibration
 from simulator.data import data_path
 from simulator.hardware import cluster, gpu
-from simulator.timing import Clock
+from simulator.timing import Clock, seconds_expected
 
 torch = pytest.importorskip("torch")
 
@@ -148,6 +149,36 @@ def test_dram_counters_agree_with_launched_bytes(folder: Path) -> None:
     assert np.median([e for found in errors.values() for e in found]) <= 0.10
     assert np.median(errors["decode_attention"]) <= 0.02
     assert np.median(errors["gemm"]) <= 0.15
+
+
+def layers(folder: Path) -> list[tuple[Case, dict[str, str]]]:
+    """The newest row of every whole layer and model."""
+    found = {}
+    for file in RUNS:
+        if file.parent.parent == folder:
+            found |= {case_of(row): row for row in read(file)[1] if row["kernel"] in decoder.KERNELS}
+    return list(found.items())
+
+
+@profiles
+def test_whole_layers_take_the_sum_of_their_ops(folder: Path) -> None:
+    shipped = Calibration.load(gpu(folder.name))
+    # the layers run the Triton latent kernel, not the one engines use
+    latent = {("latent_attention", "", "bf16"): shipped.constants(("latent_attention", "triton", "bf16"))}
+    clock = Clock(cluster(folder.name, 1), replace(shipped, families={**shipped.families, **latent}))
+    ours = {which: float(seconds_expected(decoder.work(which), clock)) / float(row["p50_s"]) - 1 for which, row in layers(folder)}
+    for which, error in ours.items():
+        print(f"{which.impl:16} {which.extents:48} {error:+.1%}")
+    without_latent = [abs(error) for which, error in ours.items() if not which.impl.startswith("mla")]
+    assert np.median(np.abs(list(ours.values()))) <= 0.05
+    assert np.median(without_latent) <= 0.04
+
+
+@profiles
+def test_whole_layers_hold_what_is_counted(folder: Path) -> None:
+    ours = [decoder.peak_bytes_of(which) / float(row["peak_bytes"]) - 1 for which, row in layers(folder) if "training" not in which.impl]
+    assert np.median(np.abs(ours)) <= 0.01
+    assert np.quantile(np.abs(ours), 0.8) <= 0.02
 
 
 def test_counters_are_grouped_between_markers() -> None:

@@ -15,6 +15,7 @@ from simulator.kernels.attention import Segment
 from simulator.layers import Attention, Direction, Embedding, GatedMLP, Head, LatentAttention, MoE
 from simulator.layers.layer import Layer
 from simulator.parallel import REGISTRY, Layout
+from simulator.parallel.expert import distinct_nodes
 from simulator.phases import Decode, Prefill, System
 from simulator.work import Message, fold, quantity
 from tests.support import EVERY, MAIN, allows, leaves, legal, machine, model
@@ -189,7 +190,7 @@ def test_a_latent_row_is_copied_by_tensor_ranks_and_by_nothing_else(name: str) -
 def test_one_rank_sends_nothing(scheme: type, phase: Any) -> None:
     """Neither as a plain degree nor as a cell of an array beside degrees that do send."""
     wire = quantity("wire_bytes")
-    together = {"ep": {"tp": 2, "ep": 2}, "dcp": {"tp": 2, "dcp": 2}, "dp_attention": {"dp_attention": 2, "ep": 2}}.get(scheme.field, {scheme.field: 2})
+    together = {"ep": {"tp": 2, "ep": 2}, "dcp": {"tp": 2, "dcp": 2}, "dp_attention": {"dp_attention": 2, "ep": 2}, "helix": {"tp": 2, "helix": 2}, "sp": {"tp": 2, "sp": 2}}.get(scheme.field, {scheme.field: 2})
     degrees = {field: np.array([1.0, float(degree), 1.0]) for field, degree in together.items()}
     assert fold(System(model(V3), Layout()).work(phase), wire) == 0
     found = np.broadcast_to(fold(System(model(V3), Layout(**degrees)).work(phase), wire), 3)  # type: ignore[arg-type]
@@ -387,3 +388,49 @@ def test_every_scheme_is_a_degree_of_a_layout(scheme: type) -> None:
 def test_what_tp_splits_beyond_scale_blocks_ep_does_not() -> None:
     assert refusals("Qwen/Qwen3-235B-A22B-FP8", tp=4) == []
     assert refusals("Qwen/Qwen3-235B-A22B-FP8", tp=8, ep=8) == []
+
+
+# ---- experts over nodes
+
+
+def test_a_row_crosses_once_for_each_distinct_node() -> None:
+    """FORMULAS 5.4: 8 nodes, top 8 of 256: 5.295; DeepSeek-V3 caps them at 4: 28.7 kB a token in fp8 at most."""
+    random = np.random.default_rng(3)
+    drawn = [len({int(e) // 32 for e in random.choice(256, 8, replace=False)}) for _ in range(4000)]
+    assert distinct_nodes(nodes=8, experts=256, top_k=8) == pytest.approx(np.mean(drawn), rel=0.01)
+    assert distinct_nodes(nodes=8, experts=256, top_k=8) == pytest.approx(5.29465, rel=1e-5)
+    assert distinct_nodes(nodes=1, experts=256, top_k=8) == 1
+    capped = distinct_nodes(nodes=8, experts=256, top_k=8, limit=4)
+    assert capped * 7168 < 4 * 7168 == pytest.approx(28.672e3)
+    assert capped == pytest.approx(distinct_nodes(nodes=4, experts=128, top_k=8), rel=1e-12)
+
+
+def test_experts_over_nodes_send_less_between_them_and_the_same_inside() -> None:
+    segment = (Segment(64 * 128.0, 1.0, 4095.0, split_kv=True),)
+    flat, nodes = (
+        {op.name: op for (work,) in [System(model(V3), Layout(dp_attention=64, ep=64, ep_nodes=n)).step(segment)] for _, op in leaves(work) if isinstance(op, Message)}
+        for n in (1, 8)
+    )
+    assert set(nodes) == {"dispatch between nodes", "dispatch inside", "combine inside", "combine between nodes"}
+    assert nodes["dispatch inside"].payload_bytes == flat["dispatch"].payload_bytes
+    share = nodes["dispatch between nodes"].payload_bytes / flat["dispatch"].payload_bytes
+    assert share == pytest.approx(distinct_nodes(nodes=8, experts=256, top_k=8) / 8, rel=1e-9)
+    assert (nodes["dispatch between nodes"].group.ranks, nodes["dispatch between nodes"].group.stride) == (8, 8)
+    assert nodes["combine between nodes"].payload_bytes == 2 * nodes["dispatch between nodes"].payload_bytes
+
+
+def test_nodes_that_do_not_share_expert_ranks_equally_are_refused() -> None:
+    assert any(line.startswith("--ep-nodes 3: ") for line in Layout(dp_attention=16, ep=16, ep_nodes=3).refusals(model(V3)))
+
+
+def test_sequence_parallelism_sends_the_bytes_of_tensor_parallelism() -> None:
+    """FORMULAS 5.2: an all-reduce is a reduce-scatter and an all-gather; TP8, 8,192 tokens, D 8,192: 448 MiB a layer."""
+    wire = quantity("wire_bytes")
+    spec = model(LLAMA)
+    layers = [layer for _, layer in spec.counted if isinstance(layer, (Attention, GatedMLP))]
+    for sp in (1, 8):
+        placed = Layout(tp=8, sp=sp).place(spec)
+        found = sum(fold(placed.work(layer, placed.shard(layer, (Segment(1.0, 8192.0, 0.0),)), CACHE), wire) for layer in layers)
+        assert found == 448 * 2**20
+    assert System(spec, Layout(tp=8, sp=8)).residual_bytes(8192.0) * 8 == System(spec, Layout(tp=8)).residual_bytes(8192.0)
+    assert list(Layout(tp=8, sp=4).refusals(spec))

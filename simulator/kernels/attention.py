@@ -234,6 +234,21 @@ class Bidirectional:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Block(Bidirectional):
+    """The same `keys` keys for every query: a block of other ranks' tokens, all of them earlier."""
+
+    keys: Num
+
+    def cumulative(self, n: Num) -> Count:
+        """N keys."""
+        return n * self.keys
+
+    def seen(self, segment: Segment) -> Seen:
+        """Pairs C keys."""
+        return Seen(segment.new_tokens * self.keys, self.keys, self.keys)
+
+
 def _edges(mask: Mask, live: Tokens) -> Num:
     """How many edges of a query tile's keys are masked: the diagonal, and a window's other end once it hides keys."""
     if isinstance(mask, Bidirectional):

@@ -14,14 +14,15 @@ PATTERNS = {
     "reduce_scatter": "whole before scattering: (n - 1) / n S",
     "all_to_all": "all a rank holds for the others and itself: (n - 1) / n S",
     "send": "one buffer to one neighbour: S",
+    "broadcast": "one buffer to all, passed on by each: S",
 }
 
 
 def message(name: str, pattern: str, *, group: Group, payload_bytes: Bytes) -> Message:
     """One rank's part in a collective.
 
-    wire = S x {all_reduce 2 (n - 1) / n; all_gather, reduce_scatter, all_to_all (n - 1) / n; send 1}; one rank sends
-    nothing.  Source: nccl-tests doc/PERFORMANCE.md; FORMULAS 5.1.
+    wire = S x {all_reduce 2 (n - 1) / n; all_gather, reduce_scatter, all_to_all (n - 1) / n; send, broadcast 1}; one rank
+    sends nothing.  Source: nccl-tests doc/PERFORMANCE.md; FORMULAS 5.1.
 
     >>> message("tp", "all_reduce", group=Group("tp", 8), payload_bytes=134217728).wire_bytes
     234881024.0
@@ -30,7 +31,7 @@ def message(name: str, pattern: str, *, group: Group, payload_bytes: Bytes) -> M
         known = ", ".join(PATTERNS)
         error = f"message pattern {pattern!r}: unknown; use one of {known}"
         raise ValueError(error)
-    if pattern == "send":
+    if pattern in ("send", "broadcast"):
         share = where(group.ranks > 1, 1.0, 0.0)
     else:
         share = group.others * 2.0 if pattern == "all_reduce" else group.others

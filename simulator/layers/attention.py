@@ -12,7 +12,7 @@ from simulator.dtypes import BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal, DualChunk, Mask, Segment, attention
 from simulator.kernels.elementwise import activation, backward, copy, norm, rotary
 from simulator.kernels.gemm import gemm, gemm_backward
-from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, Split, StateRules, shared_share
+from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Mixing, Module, Remembers, Slice, Split, StateRules, shared_share
 from simulator.units import Num
 from simulator.work import Op, Serial, Work
 
@@ -90,7 +90,7 @@ class Attention(Remembers):
         return (Split("attention heads", self.num_attention_heads), Split("key-value heads", self.num_key_value_heads, copied=True))
 
     def _query_width(self, held: Slice) -> Num:
-        return held.heads * ((2 if self.output_gate else 1) * self.head_dim)
+        return _queries(held) * ((2 if self.output_gate else 1) * self.head_dim)
 
     def _kept_width(self, held: Slice) -> Num:
         if self.shares_cache:
@@ -116,13 +116,13 @@ class Attention(Remembers):
             return Serial([
                 gemm_backward("o", m=tokens, n=width, k=held.heads * d, weight=self.weight),
                 *(backward(op) for op in self._gate(held, tokens)),
-                *(op for segment in held.segments for op in self._core(held, segment, cache, is_backward=True)),
+                Mixing([op for segment in held.segments for op in self._core(held, segment, cache, is_backward=True)]),
                 *(backward(op) for op in turned),
                 gemm_backward("qkv", m=tokens, n=qkv, k=width, weight=self.weight), backward(first),
             ])  # fmt: skip
         return Serial([
             first, gemm("qkv", m=tokens, n=qkv, k=width, weight=self.weight), *turned,
-            *self._written(held, tokens, kept), *(op for segment in held.segments for op in self._core(held, segment, cache)),
+            *self._written(held, tokens, kept), Mixing([op for segment in held.segments for op in self._core(held, segment, cache)]),
             *self._gate(held, tokens),
             gemm("o", m=tokens, n=width, k=held.heads * d, weight=self.weight),
         ])  # fmt: skip
@@ -135,7 +135,7 @@ class Attention(Remembers):
         return [activation("output gate", tokens=tokens, width=held.heads * self.head_dim)] if self.output_gate else []
 
     def _position(self, held: Slice, tokens: Num) -> list[Op]:
-        heads = held.heads if self.shares_cache else held.heads + held.kv_heads
+        heads = _queries(held) if self.shares_cache else _queries(held) + held.kv_heads
         normed = self.qk_norm or self.qk_norm_full
         found = [norm("qk norm", tokens=tokens, width=heads * (self.head_dim / 2))] if normed else []
         if self.rotary_dim:
@@ -158,3 +158,8 @@ class Attention(Remembers):
                 cache=cache, backward=is_backward, learned_sinks=self.learned_sinks, shared_kv=self.shared_kv,
             ) for mask in masks
         ]  # fmt: skip
+
+
+def _queries(held: Slice) -> Num:
+    """Query heads this rank makes."""
+    return held.heads if type(held.query_ranks) is float and held.query_ranks == 1.0 else held.heads * held.query_ranks

@@ -16,7 +16,7 @@ from simulator.kernels.attention import Causal, Mask, Segment, attention
 from simulator.kernels.elementwise import backward, copy, norm, rotary
 from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
-from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, Split, StateRules, shared_share
+from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Mixing, Module, Remembers, Slice, Split, StateRules, shared_share
 from simulator.units import Num, minimum
 from simulator.work import Aside, Select, Serial, Work
 
@@ -61,7 +61,7 @@ class LatentAttention(Remembers):
         width, latent = self.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim
         query_in = self.q_lora_rank or width
         found = [
-            Module("q_b_proj" if self.q_lora_rank else "q_proj", held.heads * (query_in * self.qk_head_dim), self.weight),
+            Module("q_b_proj" if self.q_lora_rank else "q_proj", held.heads * held.query_ranks * (query_in * self.qk_head_dim), self.weight),
             Module("kv_a_proj", float(width * latent), self.weight, replicated=True),
             Module("kv_b_proj", held.heads * (self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)), self.weight),
             Module("o_proj", held.heads * (self.v_head_dim * width), self.weight),
@@ -95,7 +95,7 @@ class LatentAttention(Remembers):
         tokens, width = held.tokens, float(self.hidden_size)
         latent = float(self.kv_lora_rank + self.qk_rope_head_dim)
         down = latent + (self.q_lora_rank or 0)
-        query: Size = {"m": tokens, "n": held.heads * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
+        query: Size = {"m": tokens, "n": held.heads * held.query_ranks * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
         first = norm("attention norm", tokens=tokens, width=width)
         inner = norm("latent norm", tokens=tokens, width=down / 2)
         turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * (self.qk_rope_head_dim if self.rotary else 0))
@@ -104,14 +104,14 @@ class LatentAttention(Remembers):
         if direction is Direction.BACKWARD:
             return Serial([
                 gemm_backward("o", **o_size, weight=self.weight),
-                *(self._expanded(held, segment, is_backward=True) for segment in held.segments),
+                Mixing([self._expanded(held, segment, is_backward=True) for segment in held.segments]),
                 backward(turned), gemm_backward("q up", **query, weight=self.weight), backward(inner),
                 gemm_backward("q kv down", **down_size, weight=self.weight), backward(first),
             ])  # fmt: skip
         return Serial([
             first, gemm("q kv down", **down_size, weight=self.weight), inner,
             gemm("q up", **query, weight=self.weight), turned, copy("cache write", rows=tokens, width=latent),
-            *(self._core(held, segment, cache) for segment in held.segments),
+            Mixing([self._core(held, segment, cache) for segment in held.segments]),
             gemm("o", **o_size, weight=self.weight),
         ])  # fmt: skip
 
@@ -131,7 +131,7 @@ class LatentAttention(Remembers):
         shared = segment.split_kv
         rows = segment.tokens * held.heads
         return Serial([
-            gemm("absorb k", m=rows, n=float(self.kv_lora_rank), k=float(self.qk_nope_head_dim), weight=W_BF16),
+            gemm("absorb k", m=rows * held.query_ranks, n=float(self.kv_lora_rank), k=float(self.qk_nope_head_dim), weight=W_BF16),
             latent_attention(
                 "core", shared_share(segment, held.cache_ranks) if shared else segment,
                 heads=held.heads * held.cache_ranks if shared else held.heads, kv_lora_rank=self.kv_lora_rank,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from simulator.dtypes import FP32, CacheFormat, CacheRow, DType, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum, where
-from simulator.work import Work
+from simulator.work import Serial, Work
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -21,6 +21,11 @@ class Direction(Enum):
 
     FORWARD = "forward"
     BACKWARD = "backward"
+
+
+@dataclass(slots=True, eq=False)
+class Mixing(Serial):
+    """The part of a mixer's work that reads other tokens: what schemes that split a sequence replace."""
 
 
 class Module(NamedTuple):
@@ -38,7 +43,8 @@ class Slice(NamedTuple):
     `tensor_ranks` ranks share the layer's heads and widths (`heads`, `kv_heads`, `intermediate`, `vocabulary` are the
     extents left on this one).  `cache_ranks` ranks share the cached tokens of one sequence: each attends with the
     `heads` of all of them to its share.  `experts` are local, on one of `expert_ranks`; `token_ranks` attention ranks
-    send them tokens.
+    send them tokens.  `query_ranks` ranks each make the queries of all of them.  Where ranks share the tokens of a
+    sequence, `asked` holds the segments of all of them and `segments` those of this one.
     """
 
     segments: tuple[Segment, ...]
@@ -51,6 +57,8 @@ class Slice(NamedTuple):
     cache_ranks: Num = 1.0
     expert_ranks: Num = 1.0
     token_ranks: Num = 1.0
+    query_ranks: Num = 1.0
+    asked: tuple[Segment, ...] = ()
 
     @property
     def tokens(self) -> Tokens:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from simulator.dtypes import BF16, FP32, CacheFormat
 from simulator.kernels.messages import message
 from simulator.layers import Attention, LatentAttention
-from simulator.layers.layer import Layer, Slice, is_mixer
+from simulator.layers.layer import Direction, Layer, Slice, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
 from simulator.work import Serial, Work
@@ -27,9 +27,9 @@ class DecodeContext(Scheme):
         """Tokens / c of each sequence's cache."""
         if is_one(self.degree) or not is_mixer(layer):
             return held
-        return held._replace(cache_ranks=self.degree * 1.0)
+        return held._replace(cache_ranks=held.cache_ranks * self.degree)
 
-    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat) -> Work:
+    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat, direction: Direction) -> Work:  # noqa: ARG002 (serving only)
         """All-gather of queries, all-gather of LSE and reduce-scatter of outputs; or all-gather of the past."""
         if is_one(self.degree) or not is_mixer(layer):
             return work

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from simulator.layers.layer import Slice
+from simulator.layers.layer import Direction, Mixing, Slice
 from simulator.units import Num
-from simulator.work import Work
+from simulator.work import Serial, Work
 
 if TYPE_CHECKING:
     from simulator.dtypes import CacheFormat
@@ -38,13 +38,34 @@ class Scheme:
         """What is left of a slice on one rank."""
         return held
 
-    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat) -> Work:  # noqa: ARG002 (identity)
+    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat, direction: Direction) -> Work:  # noqa: ARG002 (identity)
         """The messages and overlaps this scheme puts around a layer's work."""
         return work
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:  # noqa: ARG002 (identity)
         """The rules this model breaks, one line each: value, rule, remedy."""
         yield from ()
+
+
+def mixing_of(work: Work) -> Mixing:
+    """The part of a mixer's work that reads other tokens."""
+    if isinstance(work, Mixing):
+        return work
+    assert isinstance(work, Serial)
+    return next(mixing_of(part) for part in work.parts if has_mixing(part))
+
+
+def with_mixing(work: Work, mixing: Work) -> Work:
+    """The same work with another such part: messages and overlaps around it."""
+    if isinstance(work, Mixing):
+        return Mixing([mixing])
+    assert isinstance(work, Serial)
+    return Serial([with_mixing(part, mixing) if has_mixing(part) else part for part in work.parts])
+
+
+def has_mixing(work: Work) -> bool:
+    """Whether a layer marks the part of its work that reads other tokens."""
+    return isinstance(work, Mixing) or (isinstance(work, Serial) and any(has_mixing(part) for part in work.parts))
 
 
 def divisors(n: int, most: int = 1024) -> str:

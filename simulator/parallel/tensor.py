@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from simulator.dtypes import BF16, CacheFormat
 from simulator.kernels.messages import message
 from simulator.layers import MLP, GatedMLP, Head, HyperConnection, Linear, MoE
-from simulator.layers.layer import Layer, Slice, is_mixer, tensor_share
+from simulator.layers.layer import Direction, Layer, Slice, is_mixer, tensor_share
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
 from simulator.units import where
@@ -43,7 +43,7 @@ class Tensor(Scheme):
             return held._replace(intermediate=held.intermediate / t, tensor_ranks=t)
         return held._replace(vocabulary=held.vocabulary / t, tensor_ranks=t)
 
-    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat) -> Work:  # noqa: ARG002
+    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat, direction: Direction) -> Work:  # noqa: ARG002
         """All-reduce of the layer's output; all-gather of the logits.
 
         Experts reached by an all-to-all return whole rows to the rank that asked, which holds 1 / t of the tokens:
@@ -64,6 +64,12 @@ class Tensor(Scheme):
                 message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload),
             ])  # fmt: skip
         if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
+            if not is_one(self.layout.sp):
+                shared = where(self.layout.sp > 1, 1.0, 0.0)
+                return Serial([
+                    work, message("sequence reduce-scatter", "reduce_scatter", group=group, payload_bytes=payload * shared),
+                    message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload * (1 - shared)),
+                ])  # fmt: skip
             return Serial([work, message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload)])
         travels = where(self.layout.dp_attention > 1, 1.0, 0.0)
         return Serial([

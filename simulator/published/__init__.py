@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from simulator.published import collectives, kernels, serving, training
+from simulator.published import collectives, kernels, rings, serving, training
 from simulator.published.table import (
     MICROBENCHMARKS,
     Asked,
@@ -22,7 +22,7 @@ from simulator.published.table import (
 )
 
 #: Source -> the function that knows its conventions.
-SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {**kernels.SOURCES, **collectives.SOURCES, **serving.SOURCES, **training.SOURCES}
+SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {**kernels.SOURCES, **collectives.SOURCES, **rings.SOURCES, **serving.SOURCES, **training.SOURCES}
 
 
 def question(row: Measurement) -> Asked:

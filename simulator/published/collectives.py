@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
+from simulator.calibration import Calibration
+from simulator.collectives import carry, port
+from simulator.estimate import Interval, interval
 from simulator.hardware import Cluster
 from simulator.kernels.messages import message
 from simulator.published.kernels import GIGA, MS, timed
 from simulator.published.table import Asked, Measurement, machine, refuse
+from simulator.timing import Clock
 from simulator.work import Group
 
 _PATTERNS = {
@@ -20,32 +25,49 @@ LARGE_BYTES = 8 * 2.0**30
 
 
 def _bytes(row: Measurement) -> float:
-    """The message's size; nccl-tests counts K, M and G in powers of two."""
+    """The message's size; nccl-tests counts K, M and G in powers of two, and some print those in decimal (33 MB is 2^25)."""
     text = row.inputs.get("message") or row.inputs.get("bytes") or row.other_inputs
     if re.search(r"\blarge\b", text):
         return LARGE_BYTES
     found = re.search(r"([\d,]+)\s*([KMG]?i?B)?\b", text)
     if found is None:
         refuse("the message's size is not stated")
-    return float(found[1].replace(",", "")) * _SIZES[found[2] or "B"]
+    size = float(found[1].replace(",", "")) * _SIZES[found[2] or "B"]
+    return 2.0 ** round(math.log2(size)) if found[2] in ("KB", "MB", "GB") else size
 
 
-def _call(name: str, on: Cluster, payload: float) -> tuple[float, Callable[[float], Asked]]:
-    """Wire bytes of a rank (the numerator of a bus bandwidth) and what makes the question of measured seconds."""
+def _call(name: str, on: Cluster, payload: float, algorithm: str | None = None) -> tuple[float, Callable[[float], Asked]]:
+    """Wire bytes of a rank (the numerator of a bus bandwidth) and what makes the question of measured seconds.  Where the
+    run was made to use one `algorithm`, so are we.
+    """
     pattern = _PATTERNS.get(name.partition(" ")[0])
     if pattern is None:
         refuse(f"{name}: not modelled")
     op = message(name, pattern, group=Group("all", float(on.gpus)), payload_bytes=payload)
-    return float(op.wire_bytes), lambda seconds: timed(op, on, seconds)
+    if algorithm is None:
+        return float(op.wire_bytes), lambda seconds: timed(op, on, seconds)
+
+    def answer(calibration: Calibration) -> Interval:
+        share = calibration.constants(op.family).memory
+        value = float(carry(op.wire_bytes, port(pattern, op.group, on, algorithm=algorithm), share))
+        return interval({op.family: value}, calibration, value, float(Clock(on, calibration).bound(op)))
+
+    return float(op.wire_bytes), lambda seconds: Asked(seconds, "s", answer, on)
+
+
+def _algorithm(row: Measurement) -> str | None:
+    """The algorithm a row names."""
+    told = f"{row.kernel_or_engine} {row.hardware}"
+    if "no NVLS" in told or told.endswith(" ring"):
+        return "ring"
+    return "nvls" if "NVLS" in told else None
 
 
 def bus_bandwidth(row: Measurement) -> Asked:
-    """nccl-tests' bus bandwidth: wire bytes of a ring rank per second, (2) (n - 1) / n x message.  Our rate has no NVLS
-    (reduction in the switch), which most of these runs used.
-    """
+    """nccl-tests' bus bandwidth: wire bytes of a ring rank per second, (2) (n - 1) / n x message."""
     named = row.other_inputs.partition(" ")[0]
     stated = named if named in _PATTERNS else row.parallelism
-    wire, ask = _call(stated, machine(row), _bytes(row))
+    wire, ask = _call(stated, machine(row), _bytes(row), _algorithm(row))
     return ask(wire / (float(row.value) * GIGA))
 
 

@@ -82,10 +82,8 @@ def _implementation(row: Measurement) -> str:
 
 def burst_attention(row: Measurement) -> Asked:
     """BurstAttention's README: times, and the same times as rates of 4 s^2 d h b (not halved: 324 ms are 215 TFLOP/s),
-    forward + backward 3.5 forwards.  One GPU only: ring attention is a scheme, not a kernel.
+    forward + backward 3.5 forwards.  Rows of one GPU.
     """
-    if row.n_gpus != "1":
-        refuse("ring attention over 8 GPUs is not modelled yet")
     training = _both(row)
     work = _attention(row, impl=_implementation(row), causal=False, training=training, dtype=BF16)
     if row.kind == "kernel_time":
@@ -103,8 +101,6 @@ def tilelang_sinks(row: Measurement) -> Asked:
 
 def ring_flash_single(row: Measurement) -> Asked:
     """ring-flash-attention's README: iterations per second of one attention call; one GPU runs its own block only."""
-    if row.n_gpus != "1":
-        refuse("ring attention over 8 GPUs is not modelled yet")
     work = _attention(row, impl="flash2", causal=row.inputs["causal"] == "True", training=_both(row), dtype=BF16)
     return timed(work, machine(row), 1 / float(row.value))
 
@@ -271,7 +267,7 @@ def _formats(row: Measurement) -> tuple[WeightFormat, CacheFormat]:
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
     "flashattention-2-readme": flash_attention_charts, "flashattention-3-readme": flash_attention_charts,
-    "burstattention-readme": burst_attention, "tilelang-attention-sink": tilelang_sinks, "ring-flash-attention-readme": ring_flash_single,
+    "tilelang-attention-sink": tilelang_sinks,
     "pytorch-benchmark": unstated_attention, "llmcompass-matmul": products, "tilelang-readme": products,
     "deepgemm-readme": deep_gemm, "ml-engineering-mamf": best_products, "azure-benchmarking-guide": azure, "flashmla-readme": flash_mla,
     "infersim": infersim, "aiconfigurator-kernels": aiconfigurator,

@@ -16,7 +16,7 @@ def training(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same
 
 def sequence_parallel(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """Attention over the ranks of a Ulysses x ring group."""
-    refuse("Ulysses and ring attention over 8 GPUs are not modelled yet; causal or not is not stated")
+    refuse("Ulysses and ring attention: causal or not is not stated, a factor of two")
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
