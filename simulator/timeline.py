@@ -120,25 +120,25 @@ class _Walk:
 
     def pipeline(self, work: Pipeline, start: float) -> Iterator[Span]:
         """Stage after stage, microbatch after microbatch: each starts when its stage and the stage before it are done."""
-        stages = len(work.flows[0].stages)
-        free = [start] * stages
+        equal = work.flows[0].times or [1.0] * len(work.flows[0].stages)
+        free = [start] * int(sum(equal))
         number = 0
+        runs = []
         for flow in work.flows:
-            times = [np.atleast_1d(fold(stage, self.algebra)).ravel() for stage in flow.stages]
+            times = np.repeat([np.broadcast_to(fold(stage, self.algebra), np.shape(flow.count)).ravel() for stage in flow.stages], np.array(equal, dtype=int), 0)
             counts = np.atleast_1d(flow.count).ravel()
             # shares of chunks may be fractions: whole chunks by their running sum
-            whole = np.diff(np.round(np.cumsum([0.0, *counts]))).astype(int)
-            for run, count in enumerate(whole):
-                for _ in range(count):
-                    ready = start
-                    for s in range(stages):
-                        begin = max(ready, free[s])
-                        seconds = float(times[s][min(run, len(times[s]) - 1)])
-                        if begin > free[s]:
-                            yield Span(f"stage {s}", "wait", "for the stage before", free[s], begin)
-                        yield Span(f"stage {s}", "compute", f"microbatch {number}", begin, begin + seconds)
-                        ready = free[s] = begin + seconds
-                    number += 1
+            runs += list(zip(np.diff(np.round(np.cumsum([0.0, *counts]))).astype(int), times.T, strict=True))
+        for count, each in runs * int(np.max(work.rounds)):
+            for _ in range(count):
+                ready = start
+                for s, seconds in enumerate(each.tolist()):
+                    begin = max(ready, free[s])
+                    if begin > free[s]:
+                        yield Span(f"stage {s}", "wait", "for the stage before", free[s], begin)
+                    yield Span(f"stage {s}", "compute", f"microbatch {number}", begin, begin + seconds)
+                    ready = free[s] = begin + seconds
+                number += 1
 
 
 def _only_messages(work: Work) -> bool:
