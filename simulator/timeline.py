@@ -125,7 +125,8 @@ class _Walk:
         number = 0
         runs = []
         for flow in work.flows:
-            times = np.repeat([np.broadcast_to(fold(stage, self.algebra), np.shape(flow.count)).ravel() for stage in flow.stages], np.array(equal, dtype=int), 0)
+            kinds = [np.broadcast_to(fold(stage, self.algebra), np.shape(flow.count)).ravel() for stage in flow.stages]
+            times = np.repeat(kinds, np.array(equal, dtype=int), axis=0)
             counts = np.atleast_1d(flow.count).ravel()
             # shares of chunks may be fractions: whole chunks by their running sum
             runs += list(zip(np.diff(np.round(np.cumsum([0.0, *counts]))).astype(int), times.T, strict=True))
