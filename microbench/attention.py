@@ -1,112 +1,141 @@
 """Attention of new tokens over a context, forward and backward, by implementation; and decode over paged caches.
 
 Implementations: math (PyTorch, scores in memory), efficient (CUTLASS memory-efficient), flash2 (FlashAttention-2 as PyTorch
-ships it), cudnn, and flash3 where the package flash_attn_interface is installed.  Decode: flash2 (split keys, contiguous
-cache) and triton (our paged kernels, the layout vLLM uses), bf16 and fp8 caches; absorbed MLA by triton.
+ships it), cudnn.  Decode: flash2 (split keys, contiguous cache) and triton (our paged kernels, the layout vLLM uses), bf16 and
+fp8 caches; absorbed MLA by triton.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 
-from microbench.case import Case, Prepared, case, sets_for
+from microbench.case import Case, Prepared, case, l2_of, relative, sets_for
 from simulator.dtypes import CACHE_FORMATS, DTYPES
-from simulator.kernels.attention import Bidirectional, Causal, Segment, Window, attention
+from simulator.kernels.attention import Causal, Segment, Window, attention
 from simulator.kernels.latent_attention import latent_attention
 from simulator.work import Op
 
-KERNELS = ("attention", "attention_backward", "decode_attention", "latent_attention")
-#: (heads, kv_heads, head_dim, v_head_dim): Llama-3.1-8B, its MHA twin, MQA, Llama-70B TP8, Qwen2.5-14B-1M, gpt-oss, Gemma, Qwen2.5-7B-1M, MLA TP8.
-LAYOUTS = (
+KERNELS: tuple[str, ...] = ("attention", "attention_backward", "decode_attention", "latent_attention")
+#: (heads, kv_heads, head_dim, v_head_dim).
+HeadLayout = tuple[int, int, int, int]
+#: Llama-3.1-8B, its MHA twin, MQA, Llama-70B TP8, Qwen2.5-14B-1M, gpt-oss, Gemma, Qwen2.5-7B-1M, MLA TP8, and two more widths.
+LAYOUTS: tuple[HeadLayout, ...] = (
     (32, 8, 128, 128), (32, 32, 128, 128), (32, 1, 128, 128), (8, 1, 128, 128), (40, 8, 128, 128), (64, 8, 64, 64), (16, 8, 256, 256),
     (28, 4, 128, 128), (16, 16, 192, 128), (16, 2, 128, 128), (32, 32, 64, 64),
 )  # fmt: skip
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+#: Sequences this short come in larger batches.
+SHORT = 1024
 PAGE = 16
+#: Largest cache a case allocates.
+MOST_CACHE = 20e9
 
 
-def _dims(layout: tuple[int, int, int, int]) -> dict[str, int]:
-    return dict(zip(("heads", "kv_heads", "head_dim", "v_head_dim"), layout, strict=True))
+def over(
+    kernel: str, impl: str, dtype: str, layout: HeadLayout, *, tokens: int, context: int, sequences: int = 1, window: int = 0,
+    regime: str = "steady",
+) -> Case:  # fmt: skip
+    """A case of `tokens` new tokens that end a context, for each of `sequences`.
+
+    >>> over("attention", "cudnn", "bf16", (32, 8, 128, 128), tokens=512, context=2048).extents
+    'sequences=1 tokens=512 context=2048 heads=32 kv_heads=8 head_dim=128 v_head_dim=128'
+    """
+    heads, kv_heads, head_dim, v_head_dim = layout
+    windowed = {"window": window} if window else {}
+    return case(
+        kernel, impl, dtype, regime=regime, sequences=sequences, tokens=tokens, context=context, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, v_head_dim=v_head_dim, **windowed,
+    )  # fmt: skip
 
 
 def cases(suite: str) -> list[Case]:
     """Prefill, backward, chunks, windows, decode, lengths to 1M and beyond."""
     if suite == "tiny":
-        small = {"heads": 4, "kv_heads": 2, "head_dim": 64, "v_head_dim": 64}
+        small = (4, 2, 64, 64)
         return [
-            case("attention", "math", "bf16", sequences=1, tokens=128, context=128, **small),
-            case("attention_backward", "math", "bf16", sequences=1, tokens=64, context=64, **small),
+            over("attention", "math", "bf16", small, tokens=128, context=128),
+            over("attention_backward", "math", "bf16", small, tokens=64, context=64),
         ]
     found: list[Case] = []
     quick = suite == "quick"
     for index, layout in enumerate(LAYOUTS[:4] if quick else LAYOUTS):
-        dims = _dims(layout)
         for impl in ("cudnn", "flash2"):
             if impl == "flash2" and layout[2] != layout[3]:
                 continue
             for length in (512, 4096, 16384) if quick else LENGTHS:
-                batch = max(1, (16384 if length <= 1024 else 8192) // length)
-                found.append(case("attention", impl, "bf16", sequences=batch, tokens=length, context=length, **dims))
+                batch = max(1, (16384 if length <= SHORT else 8192) // length)
+                found.append(over("attention", impl, "bf16", layout, sequences=batch, tokens=length, context=length))
                 if quick or (impl == "cudnn" or index % 2 == 0):
-                    found.append(case("attention_backward", impl, "bf16", sequences=batch, tokens=length, context=length, **dims))
-            if not quick and index < 4:
-                found += [case("attention", impl, "bf16", sequences=1, tokens=n, context=n, **dims) for n in (512, 2048)]
+                    found.append(over("attention_backward", impl, "bf16", layout, sequences=batch, tokens=length, context=length))
+            if not quick and layout in LAYOUTS[:4]:
+                found += [over("attention", impl, "bf16", layout, tokens=n, context=n) for n in (512, 2048)]
     if quick:
-        found.append(case("attention", "cudnn", "bf16", sequences=1, tokens=131072, context=131072, **_dims((8, 1, 128, 128))))
+        found.append(over("attention", "cudnn", "bf16", (8, 1, 128, 128), tokens=131072, context=131072))
         found += [_decode("triton", "bf16", (8, 1, 128, 128), b, c) for b, c in ((1, 131072), (8, 8192), (64, 8192), (1, 1048576))]
         return found
-    for index, (tokens, context) in enumerate(
-        (t, c) for t in (512, 2048, 8192) for c in (8192, 16384, 32768, 131072, 1048576) if c > t
-    ):
+    return [*found, *_chunks_and_windows(), *_prefills(), *_decodes()]
+
+
+def _chunks_and_windows() -> list[Case]:
+    found = []
+    chunks = [(t, c) for t in (512, 2048, 8192) for c in (8192, 16384, 32768, 131072, 1048576) if c > t]
+    for index, (tokens, context) in enumerate(chunks):
         layout = ((32, 8, 128, 128), (8, 1, 128, 128), (64, 8, 64, 64))[index % 3] if context < 10**6 else (8, 1, 128, 128)
-        found.append(case("attention", "flash2", "bf16", sequences=1, tokens=tokens, context=context, **_dims(layout)))
-    for tokens, context, window in ((8192, 8192, 1024), (8192, 8192, 4096), (32768, 32768, 128), (32768, 32768, 4096), (8192, 32768, 4096), (131072, 131072, 1024)):
+        found.append(over("attention", "flash2", "bf16", layout, tokens=tokens, context=context))
+    for tokens, context, window in (
+        (8192, 8192, 1024), (8192, 8192, 4096), (32768, 32768, 128), (32768, 32768, 4096), (8192, 32768, 4096), (131072, 131072, 1024),
+    ):  # fmt: skip
         found += [
-            case("attention", "flash2", "bf16", sequences=1, tokens=tokens, context=context, **_dims(layout), window=window)
+            over("attention", "flash2", "bf16", layout, tokens=tokens, context=context, window=window)
             for layout in ((32, 8, 128, 128), (64, 8, 64, 64))
         ]
+    return found
+
+
+def _prefills() -> list[Case]:
+    """Other implementations, lengths beyond those of every layout, and the regimes."""
+    both = KERNELS[:2]
+    found = []
     for layout in ((32, 8, 128, 128), (64, 8, 64, 64)):
         for length in (512, 2048, 8192, 32768):
-            found += [case(k, "efficient", "bf16", sequences=1, tokens=length, context=length, **_dims(layout)) for k in KERNELS[:2]]
+            found += [over(k, "efficient", "bf16", layout, tokens=length, context=length) for k in both]
     for length in (128, 512, 1024, 2048, 4096, 8192, 16384):
-        found.append(case("attention", "math", "bf16", sequences=1, tokens=length, context=length, **_dims((8, 8, 128, 128))))
+        found.append(over("attention", "math", "bf16", (8, 8, 128, 128), tokens=length, context=length))
     for length in (65536, 131072):
         for layout in ((32, 8, 128, 128), (8, 1, 128, 128), (64, 8, 64, 64), (16, 16, 192, 128)):
-            found += [case(k, "cudnn", "bf16", sequences=1, tokens=length, context=length, **_dims(layout)) for k in KERNELS[:2]]
-        found += [case(k, "flash2", "bf16", sequences=1, tokens=length, context=length, **_dims((8, 1, 128, 128))) for k in KERNELS[:2]]
+            found += [over(k, "cudnn", "bf16", layout, tokens=length, context=length) for k in both]
+        found += [over(k, "flash2", "bf16", (8, 1, 128, 128), tokens=length, context=length) for k in both]
     for length in (524288, 1048576):
-        found += [case(k, "cudnn", "bf16", sequences=1, tokens=length, context=length, **_dims((4, 1, 128, 128))) for k in KERNELS[:2]]
-        found.append(case("attention", "flash2", "bf16", sequences=1, tokens=length, context=length, **_dims((4, 1, 128, 128))))
+        found += [over(k, "cudnn", "bf16", (4, 1, 128, 128), tokens=length, context=length) for k in both]
+        found.append(over("attention", "flash2", "bf16", (4, 1, 128, 128), tokens=length, context=length))
     for regime in ("burst", "sustained"):
-        found += [case(k, "cudnn", "bf16", regime=regime, sequences=1, tokens=16384, context=16384, **_dims((32, 8, 128, 128))) for k in KERNELS[:2]]
-    return found + _decodes()
+        found += [over(k, "cudnn", "bf16", (32, 8, 128, 128), tokens=16384, context=16384, regime=regime) for k in both]
+    return found
 
 
-def _decode(impl: str, dtype: str, layout: tuple[int, int, int, int], batch: int, context: int) -> Case:
-    return case("decode_attention", impl, dtype, sequences=batch, tokens=1, context=context, **_dims(layout))
+def _decode(impl: str, dtype: str, layout: HeadLayout, batch: int, context: int) -> Case:
+    return over("decode_attention", impl, dtype, layout, sequences=batch, tokens=1, context=context)
 
 
 def _decodes() -> list[Case]:
     found = []
-    grid = [(b, c) for b in (1, 4, 16, 64, 256) for c in (1024, 4096, 8192, 16384, 32768, 131072, 1048576, 2097152)]
+    batches = (1, 4, 16, 64, 256)
+    grid = [(b, c) for b in batches for c in (1024, 4096, 8192, 16384, 32768, 131072, 1048576, 2097152)]
     for layout in ((32, 8, 128, 128), (8, 1, 128, 128), (64, 8, 64, 64), (16, 2, 128, 128), (32, 32, 128, 128)):
         for impl, dtype in (("triton", "bf16"), ("triton", "fp8"), ("flash2", "bf16")):
             row = layout[1] * (layout[2] + layout[3]) * DTYPES[dtype].bytes
             for index, (batch, context) in enumerate(grid):
-                if batch * context * row <= MOST_CACHE and (impl == "triton" and dtype == "bf16" or index % 2 == 0):
+                if batch * context * row <= MOST_CACHE and ((impl, dtype) == ("triton", "bf16") or index % 2 == 0):
                     found.append(_decode(impl, dtype, layout, batch, context))
-    for heads in (16, 128):
+    for heads, chosen in ((16, (1, 16, 256)), (128, batches)):
         for batch, context in grid:
-            if batch * context * 1152 <= MOST_CACHE and (heads == 128 or batch in (1, 16, 256)):
-                found.append(case("latent_attention", "triton", "bf16", sequences=batch, tokens=1, context=context, heads=heads, kv_heads=1, head_dim=576, v_head_dim=512))
+            if batch * context * 1152 <= MOST_CACHE and batch in chosen:
+                found.append(
+                    over("latent_attention", "triton", "bf16", (heads, 1, 576, 512), sequences=batch, tokens=1, context=context)
+                )
     return found
-
-
-#: Largest cache a case allocates.
-MOST_CACHE = 20e9
 
 
 def op(which: Case) -> Op:
@@ -121,7 +150,7 @@ def op(which: Case) -> Op:
             rope_head_dim=which["head_dim"] - which["v_head_dim"], impl=which.impl,
         )  # fmt: skip
     window = which.get("window")
-    mask = Window(window) if window else Bidirectional() if which.get("bidirectional") else Causal()
+    mask = Window(window) if window else Causal()
     return attention(
         "core", segment, heads=float(which["heads"]), kv_heads=float(which["kv_heads"]), head_dim=which["head_dim"],
         v_head_dim=which["v_head_dim"], mask=mask, cache=CACHE_FORMATS[which.dtype], impl=which.impl,
@@ -131,7 +160,7 @@ def op(which: Case) -> Op:
 
 def prepare(which: Case, device: Any) -> Prepared:
     """Random queries, keys and values; decode reads a cache whose pages are shuffled."""
-    sets, hot = sets_for(op(which).hbm_bytes, _l2(device), MOST_CACHE)
+    sets, hot = sets_for(float(op(which).hbm_bytes), l2_of(device), MOST_CACHE)
     if which.kernel in ("decode_attention", "latent_attention"):
         return _prepare_decode(which, device, sets, hot=hot)
     b, new, seen, h, g = (which[name] for name in ("sequences", "tokens", "context", "heads", "kv_heads"))
@@ -148,10 +177,6 @@ def prepare(which: Case, device: Any) -> Prepared:
 
 def forward(impl: str, q: Any, k: Any, v: Any, *, window: int = 0) -> Any:
     """Causal attention, aligned to the last key: q (B, C, h, d), k (B, N, g, d), v (B, N, g, d_v) -> (B, C, h, d_v)."""
-    if impl == "flash3":
-        from flash_attn_interface import flash_attn_func  # noqa: PLC0415 (an optional package)
-
-        return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0) if window else (-1, -1))
     if impl == "flash2" and q.is_cuda:
         return _flash2(q, k, v, window)[0]
     if q.shape[1] != k.shape[1] or window:
@@ -172,12 +197,15 @@ def _repeated(impl: str, t: Any, q: Any) -> Any:
 
 def _backend(impl: str) -> Any:
     backend = torch.nn.attention.SDPBackend
-    return {"math": backend.MATH, "efficient": backend.EFFICIENT_ATTENTION, "flash2": backend.FLASH_ATTENTION, "cudnn": backend.CUDNN_ATTENTION}[impl]
+    named = {
+        "math": backend.MATH, "efficient": backend.EFFICIENT_ATTENTION, "flash2": backend.FLASH_ATTENTION, "cudnn": backend.CUDNN_ATTENTION,
+    }  # fmt: skip
+    return named[impl]
 
 
 def _flash2(q: Any, k: Any, v: Any, window: int = 0) -> Any:
     return torch.ops.aten._flash_attention_forward(  # noqa: SLF001
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False,  # noqa: FBT003
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False,
         window_size_left=window - 1 if window else None, window_size_right=0 if window else None,
     )  # fmt: skip
 
@@ -187,10 +215,12 @@ def saving(impl: str, q: Any, k: Any, v: Any) -> Any:
     if impl == "flash2":
         return _flash2(q, k, v)
     if impl == "cudnn":
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(*(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, True, False)  # noqa: SLF001, FBT003
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
+            *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, True, False
+        )
     if impl == "efficient":
         q, k, v = q.transpose(1, 2), _repeated(impl, k, q).transpose(1, 2), _repeated(impl, v, q).transpose(1, 2)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)  # noqa: SLF001, FBT003
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)  # noqa: SLF001
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     return leaves, forward(impl, *leaves)
 
@@ -201,18 +231,19 @@ def backward(impl: str, grads: Any, q: Any, k: Any, v: Any, saved: Any) -> Any:
     if impl == "flash2":
         out, lse, seed, offset = saved[:4]
         return aten._flash_attention_backward(  # noqa: SLF001
-            grads, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, offset  # noqa: FBT003
+            grads, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, offset
         )
     if impl == "cudnn":
         out, lse, seed, offset = saved[0], saved[1], saved[6], saved[7]
         return aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
-            grads.transpose(1, 2), *(t.transpose(1, 2) for t in (q, k, v)), out, lse, seed, offset, None, None, None, q.shape[1], k.shape[1], 0.0, True  # noqa: FBT003
-        )
+            grads.transpose(1, 2), *(t.transpose(1, 2) for t in (q, k, v)), out, lse, seed, offset, None, None, None,
+            q.shape[1], k.shape[1], 0.0, True,
+        )  # fmt: skip
     if impl == "efficient":
         out, lse, seed, offset = saved
         q, k, v = q.transpose(1, 2), _repeated(impl, k, q).transpose(1, 2), _repeated(impl, v, q).transpose(1, 2)
         return aten._scaled_dot_product_efficient_attention_backward(  # noqa: SLF001
-            grads.transpose(1, 2), q, k, v, None, out, lse, seed, offset, 0.0, [True, True, True, False], True  # noqa: FBT003
+            grads.transpose(1, 2), q, k, v, None, out, lse, seed, offset, 0.0, [True, True, True, False], True
         )
     leaves, out = saved
     return torch.autograd.grad(out, leaves, grads, retain_graph=True)
@@ -232,7 +263,7 @@ def _prepare_decode(which: Case, device: Any, sets: int, *, hot: bool) -> Prepar
     tables = torch.stack([torch.randperm(b * pages, device=device).to(torch.int32).view(b, pages) for _ in range(sets)])
     if which.kernel == "latent_attention":
         cache = _random((sets, b * pages, PAGE, d), device)
-        block = 64 if h >= 64 else 16
+        block = kernels.head_block(h)
         latent = kernels.latent_scratch(b, h, which["v_head_dim"], seen, block, device)
         return Prepared(lambda i: kernels.latent_decode(q[i], cache[i], tables[i], lengths, out, latent, d**-0.5, block), sets, hot=hot)
     kind = torch.float8_e4m3fn if which.dtype == "fp8" else torch.bfloat16
@@ -251,9 +282,6 @@ def _random(shape: tuple[int, ...], device: Any, kind: Any = torch.bfloat16) -> 
     return out
 
 
-def _l2(device: Any) -> float:
-    return float(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 1e4
-
 
 def error(which: Case, device: Any) -> float:
     """Against float64 scores in full, at up to 192 new tokens after up to 192 others, 2 sequences, the case's own heads."""
@@ -266,12 +294,13 @@ def error(which: Case, device: Any) -> float:
     window = min(which.get("window"), 100)
     q, k, v = _random((b, new, h, d), device), _random((b, seen, g, d), device), _random((b, seen, g, dv), device)
     if which.kernel == "attention":
-        return _relative(forward(which.impl, q, k, v, window=window).double(), reference(q.double(), k.double(), v.double(), window))
+        return relative(forward(which.impl, q, k, v, window=window).double(), reference(q.double(), k.double(), v.double(), window))
     grads = _random((b, new, h, dv), device)
     got = backward(which.impl, grads, q, k, v, saving(which.impl, q, k, v))
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
-    want = torch.autograd.grad(reference(*leaves, 0), leaves, grads.double())
-    return max(_relative(_as_rows(a, w.shape).double(), w) for a, w in zip(got[:3], want, strict=True))
+    wide_q, wide_k, wide_v = leaves
+    want = torch.autograd.grad(reference(wide_q, wide_k, wide_v, 0), leaves, grads.double())
+    return max(relative(_as_rows(a, w.shape).double(), w) for a, w in zip(got[:3], want, strict=True))
 
 
 def _as_rows(got: Any, shape: Any) -> Any:
@@ -289,7 +318,7 @@ def _decode_error(which: Case, device: Any, b: int) -> float:
     q = _random((b, h, d), device)
     if which.impl == "flash2":
         k, v = _random((b, seen, g, d), device), _random((b, seen, g, d), device)
-        return _relative(_flash2(q.unsqueeze(1), k, v)[0].double(), reference(q.unsqueeze(1).double(), k.double(), v.double(), 0))
+        return relative(_flash2(q.unsqueeze(1), k, v)[0].double(), reference(q.unsqueeze(1).double(), k.double(), v.double(), 0))
     from microbench import kernels_triton as kernels  # noqa: PLC0415 (needs a GPU)
 
     pages = -(-seen // PAGE)
@@ -298,15 +327,15 @@ def _decode_error(which: Case, device: Any, b: int) -> float:
     out = torch.full((b, h, dv), float("nan"), device=device, dtype=torch.bfloat16)
     if which.kernel == "latent_attention":
         cache = _random((b * pages, PAGE, d), device)
-        block = 64 if h >= 64 else 16
+        block = kernels.head_block(h)
         kernels.latent_decode(q, cache, table, lengths, out, kernels.latent_scratch(b, h, dv, seen, block, device), d**-0.5, block)
         rows = cache[table.long()].reshape(b, pages * PAGE, 1, d)[:, :seen].double()
-        return _relative(out.double(), reference(q.unsqueeze(1).double(), rows, rows[..., :dv], 0)[:, 0])
+        return relative(out.double(), reference(q.unsqueeze(1).double(), rows, rows[..., :dv], 0)[:, 0])
     kind = torch.float8_e4m3fn if which.dtype == "fp8" else torch.bfloat16
     k, v = (_random((b * pages, PAGE, g, d), device, kind) for _ in range(2))
     kernels.paged_decode(q, k, v, table, lengths, out, kernels.paged_scratch(b, h, g, d, seen, device))
     rows_k, rows_v = ((t.to(torch.bfloat16)[table.long()]).reshape(b, pages * PAGE, g, d)[:, :seen].double() for t in (k, v))
-    return _relative(out.double(), reference(q.unsqueeze(1).double(), rows_k, rows_v, 0)[:, 0])
+    return relative(out.double(), reference(q.unsqueeze(1).double(), rows_k, rows_v, 0)[:, 0])
 
 
 def reference(q: Any, k: Any, v: Any, window: int) -> Any:
@@ -314,15 +343,7 @@ def reference(q: Any, k: Any, v: Any, window: int) -> Any:
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores = torch.einsum("bchd,bnhd->bhcn", q, k) * q.shape[-1] ** -0.5
-    distance = torch.arange(k.shape[1], device=q.device)[None, :] - torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
+    positions = torch.arange(k.shape[1], device=q.device)
+    distance = positions[None, :] - positions[k.shape[1] - q.shape[1] :, None]
     hidden = (distance > 0) | (distance <= -window if window else torch.zeros_like(distance, dtype=torch.bool))
     return torch.einsum("bhcn,bnhd->bchd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
-
-
-def _relative(got: Any, want: Any) -> float:
-    return float((got - want).norm() / want.norm())
-
-
-def available(impl: str) -> bool:
-    """Whether an implementation can run here."""
-    return impl != "flash3" or importlib.util.find_spec("flash_attn_interface") is not None

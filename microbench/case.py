@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ class Case:
     @property
     def key(self) -> str:
         """What makes the case this one."""
-        return " ".join((self.kernel, self.impl, self.dtype, self.regime, self.extents))
+        return f"{self.kernel} {self.impl} {self.dtype} {self.regime} {self.extents}"
 
     @property
     def held(self) -> str:
@@ -58,7 +58,7 @@ class Case:
         return "size" if _hashed(self.extents) % 5 == 0 else ""
 
 
-_LAYOUT = ("n", "k", "experts", "top_k", "heads", "kv_heads", "head_dim", "v_head_dim")
+_LAYOUT = ("n", "k", "experts", "heads", "kv_heads", "head_dim", "v_head_dim")
 
 
 def _hashed(text: str) -> int:
@@ -74,12 +74,12 @@ def case(kernel: str, impl: str, dtype: str, *, regime: str = "steady", **shape:
     return Case(kernel, impl, dtype, tuple(shape.items()), regime)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """A case ready to run: `run(i)` launches it on the i-th of `sets` input sets.
 
-    `graphable`: it may be captured in a CUDA graph; `captured`: it always is, however long, because engines do.  `hot`: its inputs stay in the L2 cache.  `peak_bytes`: the most memory
-    one launch held, where the case measured that.
+    `graphable`: it may be captured in a CUDA graph; `captured`: it always is, however long, because engines do.  `hot`: its
+    inputs stay in the L2 cache.  `peak_bytes`: the most memory one launch held, where the case measured that.
     """
 
     run: Callable[[int], Any]
@@ -90,7 +90,7 @@ class Prepared:
     peak_bytes: float = 0.0
 
 
-class Family(Protocol):
+class Module(Protocol):
     """What every module of kernels offers."""
 
     KERNELS: tuple[str, ...]
@@ -123,4 +123,15 @@ def sets_for(moved_bytes: float, l2_bytes: float, most_bytes: float = 8e9) -> tu
     return sets, sets * moved_bytes < 1.5 * l2_bytes
 
 
-Shape = Mapping[str, int]
+def l2_of(device: Any) -> float:
+    """Bytes of the device's L2 cache; on a CPU a token size, so that little memory is taken."""
+    if device.type != "cuda":
+        return 1e4
+    import torch  # noqa: PLC0415 (cases are listed and read where there is no torch)
+
+    return float(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def relative(got: Any, want: Any) -> float:
+    """|got - want| / |want| in the Euclidean norm."""
+    return float((got - want).norm() / want.norm())

@@ -18,7 +18,10 @@ def _need(*names: str) -> None:
 
 
 @click.command()
-@click.option("--suite", "suites", multiple=True, default=("quick",), show_default=True, help="quick, full, tiny, a kernel (attention), or one implementation (attention/cudnn).")
+@click.option(
+    "--suite", "suites", multiple=True, default=("quick",), show_default=True,
+    help="quick, full, tiny, a kernel (attention), or one implementation (attention/cudnn).",
+)  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of runs; a run adds one file.")
 @click.option("--seconds", type=click.FloatRange(1, 36_000), default=540.0, show_default=True, help="Longest slice; run again to go on.")
 @click.option("--counters", is_flag=True, help="Count DRAM bytes with Nsight Compute instead of timing.")
@@ -29,7 +32,9 @@ def bench(suites: tuple[str, ...], out: Path, seconds: float, *, counters: bool,
     import torch  # noqa: PLC0415 (only this verb needs it)
 
     if not torch.cuda.is_available() and not cpu:
-        message = "no CUDA GPU is visible to PyTorch: check `nvidia-smi` and the CUDA build of torch, or try the path with --cpu --suite tiny"
+        message = (
+            "no CUDA GPU is visible to PyTorch: check `nvidia-smi` and the CUDA build of torch, or try the path with --cpu --suite tiny"
+        )
         raise ValueError(message)
     if counters:
         from microbench.counters import count  # noqa: PLC0415
@@ -66,7 +71,10 @@ def bench(suites: tuple[str, ...], out: Path, seconds: float, *, counters: bool,
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=None, help="Where the profile goes (default: your data folder, which is preferred from then on).")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=None,
+    help="Where the profile goes (default: your data folder, which is preferred from then on).",
+)  # fmt: skip
 @click.option("--plots", is_flag=True, help="Draw residuals.html beside the profile (needs altair).")
 def calibrate(folder: Path, out: Path | None, *, plots: bool) -> int:
     """Fit the time side to the runs in FOLDER and say how well it predicts what was held out."""
@@ -89,8 +97,8 @@ def calibrate(folder: Path, out: Path | None, *, plots: bool) -> int:
     table.add_column("worst")
     for q in profile.quality:
         table.add_row(
-            " ".join(part for part in q.family if part), q.held, str(q.rows), f"{q.median:.1%}", f"{q.p90:.1%}", f"{q.median_with_table:.1%}",
-            f"{q.p90_with_table:.1%}", f"{q.inside:.0%}", q.worst,
+            " ".join(part for part in q.family if part), q.held, str(q.rows), f"{q.median:.1%}", f"{q.p90:.1%}",
+            f"{q.median_with_table:.1%}", f"{q.p90_with_table:.1%}", f"{q.inside:.0%}", q.worst,
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for line in profile.beaten:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def _samples(launches: Any, count: int, idle_s: float, sensors: Sensors) -> tupl
             events[max(index - 1, 0)].synchronize()
             reading = sensors.read()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e-3 for a, b in zip(events, events[1:], strict=False)], reading
+    return [a.elapsed_time(b) * 1e-3 for a, b in pairwise(events)], reading
 
 
 def _between(action: Any) -> float:

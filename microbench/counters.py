@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from microbench.attention import over
 from microbench.case import LONGEST_FITTED, Case, case
 from microbench.environment import environment
 from microbench.run import module_of
@@ -33,24 +34,27 @@ def cases() -> list[Case]:
     found = [
         case("gemm", "cublas", dtype, m=m, n=n, k=k)
         for dtype, m, n, k in (
-            ("bf16", 16, 28672, 4096), ("bf16", 256, 8192, 8192), ("bf16", 1024, 28672, 4096), ("bf16", 4096, 4096, 14336), ("bf16", 4096, 6144, 4096),
-            ("bf16", 8192, 8192, 8192), ("bf16", 16384, 28672, 4096), ("bf16", 2048, 128256, 4096), ("bf16", 16384, 7168, 2304), ("bf16", 8192, 57344, 8192),
-            ("fp8", 8192, 8192, 8192), ("fp8", 4096, 28672, 4096),
+            ("bf16", 16, 28672, 4096), ("bf16", 256, 8192, 8192), ("bf16", 1024, 28672, 4096), ("bf16", 4096, 4096, 14336),
+            ("bf16", 4096, 6144, 4096), ("bf16", 8192, 8192, 8192), ("bf16", 16384, 28672, 4096), ("bf16", 2048, 128256, 4096),
+            ("bf16", 16384, 7168, 2304), ("bf16", 8192, 57344, 8192), ("fp8", 8192, 8192, 8192), ("fp8", 4096, 28672, 4096),
         )
     ]  # fmt: skip
-    for heads, shared, width, length in ((32, 8, 128, 2048), (32, 8, 128, 8192), (8, 1, 128, 32768), (64, 8, 64, 8192), (32, 32, 128, 16384), (32, 8, 128, 65536), (8, 1, 128, 131072),
-        (32, 32, 128, 131072), (64, 8, 64, 131072), (4, 1, 128, 262144), (4, 1, 128, 524288)):
+    for layout, length in (
+        ((32, 8, 128, 128), 2048), ((32, 8, 128, 128), 8192), ((8, 1, 128, 128), 32768), ((64, 8, 64, 64), 8192),
+        ((32, 32, 128, 128), 16384), ((32, 8, 128, 128), 65536), ((8, 1, 128, 128), 131072), ((32, 32, 128, 128), 131072),
+        ((64, 8, 64, 64), 131072), ((4, 1, 128, 128), 262144), ((4, 1, 128, 128), 524288),
+    ):  # fmt: skip
         for impl in ("cudnn", "flash2"):
-            shape = {"sequences": 1, "tokens": length, "context": length, "heads": heads, "kv_heads": shared, "head_dim": width, "v_head_dim": width}
-            found.append(case("attention", impl, "bf16", **shape))
+            found.append(over("attention", impl, "bf16", layout, tokens=length, context=length))
             if length in (2048, 8192, 16384, 131072) and (impl == "cudnn" or length < LONGEST_FITTED):
-                found.append(case("attention_backward", impl, "bf16", **shape))
+                found.append(over("attention_backward", impl, "bf16", layout, tokens=length, context=length))
     for impl, dtype in (("triton", "bf16"), ("triton", "fp8"), ("flash2", "bf16")):
         for batch, context in ((1, 131072), (16, 16384), (64, 4096)):
-            found.append(case("decode_attention", impl, dtype, sequences=batch, tokens=1, context=context, heads=32, kv_heads=8, head_dim=128, v_head_dim=128))
+            found.append(over("decode_attention", impl, dtype, (32, 8, 128, 128), sequences=batch, tokens=1, context=context))
     for batch, context in ((1, 131072), (16, 16384)):
-        found.append(case("latent_attention", "triton", "bf16", sequences=batch, tokens=1, context=context, heads=128, kv_heads=1, head_dim=576, v_head_dim=512))
-    found += [case("elementwise", impl, "bf16", rows=rows, width=4096) for impl in ("norm", "activation", "copy") for rows in (4096, 16384, 65536)]
+        found.append(over("latent_attention", "triton", "bf16", (128, 1, 576, 512), sequences=batch, tokens=1, context=context))
+    for impl in ("norm", "activation", "copy"):
+        found += [case("elementwise", impl, "bf16", rows=rows, width=4096) for rows in (4096, 16384, 65536)]
     return [*found, case("elementwise", "stream", "bf16", rows=1, width=2**30)]
 
 
@@ -75,7 +79,7 @@ def child() -> None:
 
 
 def parse(text: str) -> list[tuple[int, float]]:
-    """ncu's CSV -> for each stretch between markers, how many kernels and how many DRAM bytes.
+    """The CSV of ncu -> for each stretch between markers, how many kernels and how many DRAM bytes.
 
     >>> head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
     >>> lines = [head, '"0","FillFunctor<signed char>","dram__bytes_read.sum","byte","32"',
@@ -115,7 +119,8 @@ def written(which: Case) -> float:
 def expected(which: Case, gpu: str) -> float:
     """What the counters of one kernel on cold caches should show: launched traffic without what is still to be written back."""
     part = part_named(gpu)
-    return float(launch(module_of(which.kernel).op(which), part).hbm_bytes) - min(written(which), DIRTY * part.l2_bytes)
+    launched = launch(module_of(which.kernel).op(which), part)
+    return float(launched.hbm_bytes) - min(written(which), DIRTY * float(part.l2_bytes))
 
 
 def rows(parsed: Iterable[tuple[int, float]], gpu: str) -> list[dict[str, object]]:
@@ -126,7 +131,8 @@ def rows(parsed: Iterable[tuple[int, float]], gpu: str) -> list[dict[str, object
         op = module_of(which.kernel).op(which)
         found.append({
             "kernel": which.kernel, "impl": which.impl, "dtype": which.dtype, "shape": which.extents, "kernels": kernels,
-            "dram_bytes": f"{moved:.6g}", "hbm_bytes": f"{float(op.hbm_bytes):.6g}", "launched_bytes": f"{float(launch(op, part).hbm_bytes):.6g}",
+            "dram_bytes": f"{moved:.6g}", "hbm_bytes": f"{float(op.hbm_bytes):.6g}",
+            "launched_bytes": f"{float(launch(op, part).hbm_bytes):.6g}",
         })  # fmt: skip
     return found
 
@@ -137,8 +143,9 @@ def count(folder: Path) -> Path | str:
     if ncu is None or not torch.cuda.is_available():
         return "DRAM counters: not measured (needs a CUDA GPU and Nsight Compute's ncu on the PATH)"
     facts = environment(torch.device("cuda", 0))
-    command = [ncu, "--csv", "--clock-control", "none", "--profile-from-start", "off", "--metrics", METRICS, sys.executable, "-m", "microbench.counters", "--child"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = ["--csv", "--clock-control", "none", "--profile-from-start", "off", "--metrics", METRICS]
+    command = [ncu, *options, sys.executable, "-m", "microbench.counters", "--child"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (ncu, on this module)
     if '"ID"' not in done.stdout:
         reason = next((line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line.upper()), "no reason given")
         return f"DRAM counters: not measured; ncu says: {reason.strip()}"

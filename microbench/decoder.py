@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import torch
 
 from microbench import attention
-from microbench.case import Case, Prepared, case
+from microbench.case import Case, Prepared, case, relative
+from microbench.elementwise import EPS
 from microbench.gemm import grouped
 from simulator.dtypes import C_BF16
 from simulator.hf import load_model
@@ -29,9 +31,10 @@ from simulator.parallel import Layout
 from simulator.phases import System
 from simulator.work import Op, PeakBytes, Serial, Work, fold, quantity
 
-KERNELS = ("decoder_layer", "model")
-MODELS = {"dense": "meta-llama/Meta-Llama-3.1-8B", "moe": "Qwen/Qwen3-30B-A3B", "mla": "deepseek-ai/DeepSeek-V2-Lite", "small": "Qwen/Qwen3-1.7B"}
-EPS = 1e-5
+KERNELS: tuple[str, ...] = ("decoder_layer", "model")
+MODELS = {
+    "dense": "meta-llama/Meta-Llama-3.1-8B", "moe": "Qwen/Qwen3-30B-A3B", "mla": "deepseek-ai/DeepSeek-V2-Lite", "small": "Qwen/Qwen3-1.7B",
+}  # fmt: skip
 
 
 def cases(suite: str) -> list[Case]:
@@ -41,7 +44,8 @@ def cases(suite: str) -> list[Case]:
     quick = suite == "quick"
     found = []
     for kind in ("dense",) if quick else ("dense", "moe", "mla"):
-        found += [case("decoder_layer", f"{kind}.prefill", "bf16", sequences=1, tokens=t, context=t) for t in ((8192,) if quick else (512, 2048, 8192, 32768))]
+        lengths = (8192,) if quick else (512, 2048, 8192, 32768)
+        found += [case("decoder_layer", f"{kind}.prefill", "bf16", sequences=1, tokens=t, context=t) for t in lengths]
         for batch, context in ((8, 8192),) if quick else ((1, 8192), (16, 8192), (64, 4096), (1, 131072)):
             found.append(case("decoder_layer", f"{kind}.decode", "bf16", sequences=batch, tokens=1, context=context))
     if not quick:
@@ -112,6 +116,7 @@ def peak_bytes_of(which: Case) -> float:
             share = layer.whole((segment,))
             held += count * float(weight_bytes(layer, share))
             if is_mixer(layer):
+                assert isinstance(layer, Attention | LatentAttention)
                 held += count * float(layer.state_bytes(share, C_BF16))
                 rope = layer.qk_rope_head_dim if isinstance(layer, LatentAttention) else layer.rotary_dim
                 held += count * which["context"] * rope * 4.0
@@ -132,19 +137,9 @@ def build(which: Case, device: Any) -> Callable[[], Any]:
         return Whole(spec, stack, batch * new, batch, device)
     if phase == "training":
         return lambda: stack[0].training(x, residual)
-    turn = iter(())
-
-    def run() -> Any:
-        # four copies of the layer take turns, so that none finds its weights in the L2 cache
-        nonlocal turn
-        try:
-            index = next(turn)
-        except StopIteration:
-            turn = iter(range(sets))
-            index = next(turn)
-        return stack[index](x, residual)
-
-    return run
+    # four copies of the layer take turns, so that none finds its weights in the L2 cache
+    turn = cycle(stack)
+    return lambda: next(turn)(x, residual)
 
 
 def _weights(device: Any, *shape: int) -> Any:
@@ -181,7 +176,7 @@ class Block:
             self.latent = _weights(device, pages, attention.PAGE, r + rope)
             self.inner = torch.ones(r, device=device, dtype=torch.bfloat16)
             self.rope = _table(self.seen, rope, device)
-            self.scratch = self.kernels.latent_scratch(self.batch, h, r, self.seen, 64 if h >= 64 else 16, device)  # noqa: PLR2004
+            self.scratch = self.kernels.latent_scratch(self.batch, h, r, self.seen, self.kernels.head_block(h), device)
             return
         h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
         self.qkv = _weights(device, (h + 2 * g) * d, width)
@@ -194,7 +189,8 @@ class Block:
     def _channel_weights(self) -> None:
         channel, device, width, tokens = self.channel, self.device, self.width, self.batch * self.new
         if not isinstance(channel, MoE):
-            self.gate_up, self.down_proj = _weights(device, 2 * channel.intermediate_size, width), _weights(device, width, channel.intermediate_size)
+            inner = channel.intermediate_size
+            self.gate_up, self.down_proj = _weights(device, 2 * inner, width), _weights(device, width, inner)
             return
         experts, top, inner = channel.num_experts, channel.num_experts_per_tok, channel.moe_intermediate_size
         self.router = _weights(device, experts, width)
@@ -206,7 +202,8 @@ class Block:
         self.ends = torch.bincount(chosen, minlength=experts).cumsum(0).to(torch.int32)
         self.shares = torch.full((tokens, top), 1 / top, device=device, dtype=torch.bfloat16)
         if channel.shared_intermediate_size:
-            self.shared_up, self.shared_down = _weights(device, 2 * channel.shared_intermediate_size, width), _weights(device, width, channel.shared_intermediate_size)
+            inner = channel.shared_intermediate_size
+            self.shared_up, self.shared_down = _weights(device, 2 * inner, width), _weights(device, width, inner)
 
     def __call__(self, x: Any, residual: Any) -> tuple[Any, Any]:
         """norm, mixer, norm, channel mixer: the two tensors that go on."""
@@ -233,7 +230,8 @@ class Block:
         self.kernels.write_cache(qkv[:, h * d :], self.slots, *self.cache)
         if self.new == 1:
             out = torch.empty(self.batch, h, d, device=x.device, dtype=x.dtype)
-            self.kernels.paged_decode(qkv[:, : h * d].reshape(self.batch, h, d), *self.cache, self.table, self.lengths, out, self.scratch)
+            query, (keys, values) = qkv[:, : h * d].reshape(self.batch, h, d), self.cache
+            self.kernels.paged_decode(query, keys, values, self.table, self.lengths, out, self.scratch)
             return out.view(-1, h * d) @ self.o.t()
         rows = qkv.view(self.batch, self.new, h + 2 * g, d)
         q, k, v = rows[:, :, :h], rows[:, :, h : h + g], rows[:, :, h + g :]
@@ -256,7 +254,7 @@ class Block:
             query[..., :r] = torch.bmm(q[..., :dn].transpose(0, 1), up[:, :dn]).transpose(0, 1)
             query[..., r:] = turned[:, : h * dr].unflatten(1, (h, dr))
             out = torch.empty(self.batch, h, r, device=x.device, dtype=x.dtype)
-            block = 64 if h >= 64 else 16  # noqa: PLR2004 (as the scratch was made)
+            block = self.kernels.head_block(h)
             self.kernels.latent_decode(query, self.latent, self.table, self.lengths, out, self.scratch, (dn + dr) ** -0.5, block)
             core = torch.bmm(out.transpose(0, 1), up[:, dn:].transpose(1, 2)).transpose(0, 1)
             return core.reshape(-1, h * dv) @ self.o.t()
@@ -364,7 +362,7 @@ def error(which: Case, device: Any) -> float:
     block = Block(spec, spec.blocks[0][1], 1, 128, 128, device)
     x, residual = (torch.randn(128, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
     got, _ = block(x, residual)
-    return float((got.double() - _plain(block, x.float(), residual.float()).double()).norm() / _plain(block, x.float(), residual.float()).double().norm())
+    return relative(got.double(), _plain(block, x.float(), residual.float()).double())
 
 
 def _plain(block: Block, x: Any, residual: Any) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from microbench.case import Case, Prepared, case, sets_for
+from microbench.case import Case, Prepared, case, l2_of, relative, sets_for
 from simulator.kernels import elementwise
 from simulator.work import Op
 
-KERNELS = ("elementwise", "host_copy", "launch")
+KERNELS: tuple[str, ...] = ("elementwise", "host_copy", "launch")
 WIDTHS = (2048, 4096, 8192, 16384)
 ROWS = (1, 16, 128, 1024, 4096, 16384, 65536)
 STREAMS = ("read", "write", "stream")
@@ -21,10 +21,12 @@ EPS = 1e-5
 def cases(suite: str) -> list[Case]:
     """Each kernel over rows and widths; streams over sizes; host copies; launches."""
     if suite == "tiny":
-        return [case("elementwise", impl, "bf16", rows=8, width=64) for impl in ("norm", "activation", "copy", "stream", "read", "write")] + [
-            case("elementwise", "rotary", "bf16", rows=8, width=128, heads=2), case("host_copy", "to_device", "bf16", bytes=1 << 12),
+        return [
+            *(case("elementwise", impl, "bf16", rows=8, width=64) for impl in ("norm", "activation", "copy", "stream", "read", "write")),
+            case("elementwise", "rotary", "bf16", rows=8, width=128, heads=2),
+            case("host_copy", "to_device", "bf16", bytes=1 << 12),
             case("launch", "eager", "bf16", rows=1),
-        ]  # fmt: skip
+        ]
     quick = suite == "quick"
     found = []
     for index, width in enumerate(WIDTHS[1:2] if quick else WIDTHS):
@@ -35,7 +37,8 @@ def cases(suite: str) -> list[Case]:
         found += [case("elementwise", "rotary", "bf16", rows=r, width=128 * heads, heads=heads) for r in ((16, 4096) if quick else ROWS)]
     sizes = (20, 24, 28, 32) if quick else tuple(range(16, 35, 2))
     found += [case("elementwise", impl, "bf16", rows=1, width=2**s // 2) for impl in STREAMS for s in sizes]
-    found += [case("host_copy", impl, "bf16", bytes=2**s) for impl in ("to_device", "to_host") for s in ((20, 28) if quick else (12, 16, 20, 24, 28, 30))]
+    sizes = (20, 28) if quick else (12, 16, 20, 24, 28, 30)
+    found += [case("host_copy", impl, "bf16", bytes=2**s) for impl in ("to_device", "to_host") for s in sizes]
     return found + [case("launch", impl, "bf16", rows=1) for impl in ("eager", "graph")]
 
 
@@ -62,7 +65,7 @@ def prepare(which: Case, device: Any) -> Prepared:
     if which.kernel == "launch":
         cell = torch.zeros(1, device=device)
         return Prepared(lambda _: cell.zero_(), graphable=which.impl == "graph", hot=True)
-    sets, hot = sets_for(op(which).hbm_bytes, _l2(device))
+    sets, hot = sets_for(float(op(which).hbm_bytes), l2_of(device))
     run = _kernel(which, device, sets)
     return Prepared(run, sets, hot=hot)
 
@@ -101,7 +104,8 @@ def _inputs(which: Case, device: Any, sets: int) -> dict[str, Any]:
     height = 2 * rows if which.impl == "copy" else rows
     found = {} if which.impl == "write" else {"x": torch.randn(sets, height, columns, device=device, dtype=torch.bfloat16)}
     if which.impl == "norm":
-        found |= {"residual": torch.randn(sets, rows, width, device=device, dtype=torch.bfloat16), "weight": torch.rand(sets, width, device=device, dtype=torch.bfloat16)}
+        found["residual"] = torch.randn(sets, rows, width, device=device, dtype=torch.bfloat16)
+        found["weight"] = torch.rand(sets, width, device=device, dtype=torch.bfloat16)
     if which.impl == "copy":
         found["index"] = torch.stack([torch.randperm(height, device=device)[:rows].to(torch.int32) for _ in range(sets)])
     if which.impl == "rotary":
@@ -147,7 +151,7 @@ def error(which: Case, device: Any) -> float:
         kernels.rotary(out, given["table"].contiguous(), given["index"], which["heads"], 128)
     else:
         kernels.gather(given["x"], given["index"], out)
-    return float((out.double() - want).norm() / want.norm())
+    return relative(out.double(), want)
 
 
 def _host_copy(which: Case, device: Any) -> Prepared:
@@ -156,7 +160,3 @@ def _host_copy(which: Case, device: Any) -> Prepared:
     if which.impl == "to_device":
         return Prepared(lambda _: there.copy_(pinned, non_blocking=True), graphable=False)
     return Prepared(lambda _: pinned.copy_(there, non_blocking=True), graphable=False)
-
-
-def _l2(device: Any) -> float:
-    return float(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 1e4

@@ -8,14 +8,15 @@ is reported and fails the calibration.
 from __future__ import annotations
 
 import csv
-import datetime
+import datetime as dt
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from microbench import decoder
@@ -32,7 +33,8 @@ from simulator.work import Op
 #: Constants a kernel is fitted by: start, least and largest value (all but the exponent in log).
 BOUNDS: dict[str, tuple[float, float, float]] = {
     "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "sustained": (0.65, 0.2, 1.0),
-    "depth_half": (150.0, 1.0, 4000.0), "split": (2.0, 1.0, 64.0), "variant": (0.9, 0.2, 1.5), "merge_s": (2e-8, 1e-10, 1e-6), "wave": (0.3, 0.01, 4.0), "launch_s": (3e-6, 2e-7, 6e-5),
+    "depth_half": (150.0, 1.0, 4000.0), "split": (2.0, 1.0, 64.0), "variant": (0.9, 0.2, 1.5), "merge_s": (2e-8, 1e-10, 1e-6),
+    "wave": (0.3, 0.01, 4.0), "launch_s": (3e-6, 2e-7, 6e-5),
 }  # fmt: skip
 FREE: dict[str, tuple[str, ...]] = {
     "gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
@@ -48,6 +50,7 @@ POWERS = (1, 2, 4, 8)
 #: Fewest rows a family is fitted from.
 LEAST_ROWS = 5
 Z80 = 1.2815515655446004
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Rows:
         """All rows as one op of arrays."""
         return stacked([module_of(c.kernel).op(c) for c in self.cases])
 
-    def where(self, *reasons: str) -> Any:
+    def where(self, *reasons: str) -> Mask:
         """Which rows are held for one of `reasons`."""
         return np.array([h in reasons for h in self.held])
 
@@ -72,14 +75,20 @@ class Rows:
 def stacked(ops: Sequence[Op]) -> Op:
     """Ops of one family as one op whose quantities are arrays."""
     first = ops[0]
-    names = ("tensor_flops", "exponentials", "model_flops", "hbm_bytes")
-    arrays = {name: np.array([float(getattr(op, name)) for op in ops]) for name in names}
-    shape = {key: np.array([float(op.shape[key]) for op in ops]) for key in first.shape}
-    return Op(first.name, first.kernel, first.impl, first.math, shape=shape, operands=first.operands, **arrays)
+
+    def column(name: str) -> Array:
+        return np.array([float(getattr(op, name)) for op in ops])
+
+    return Op(
+        first.name, first.kernel, first.impl, first.math, operands=first.operands,
+        shape={key: np.array([float(op.shape[key]) for op in ops]) for key in first.shape},
+        tensor_flops=column("tensor_flops"), exponentials=column("exponentials"), model_flops=column("model_flops"),
+        hbm_bytes=column("hbm_bytes"),
+    )  # fmt: skip
 
 
-def gather(folder: Path, *, regime: str = "steady") -> tuple[Gpu, dict[Family, Rows]]:
-    """The rows of a folder by family, of each case the newest.  Rows with inputs in the L2 cache are left out."""
+def gather(folder: Path) -> tuple[Gpu, dict[Family, Rows]]:
+    """The steady rows of a folder by family, of each case the newest.  Rows with inputs in the L2 cache are left out."""
     files = sorted(file for file in folder.glob("*.csv") if "counters" not in file.name and file.name != "quality.csv")
     if not files:
         message = f"{folder}: holds no run; measure with `longctx bench --out {folder}` first"
@@ -91,7 +100,7 @@ def gather(folder: Path, *, regime: str = "steady") -> tuple[Gpu, dict[Family, R
         parts.add(facts.get("gpu", "unknown"))
         for row in rows:
             which = case_of(row)
-            if which.regime == regime and row["l2"] == "cold" and which.kernel not in UNFITTED and which.impl != "math":
+            if which.regime == "steady" and row["l2"] == "cold" and which.kernel not in UNFITTED and which.impl != "math":
                 op = module_of(which.kernel).op(which)
                 found[op.family][which] = float(row["p50_s"])
     if len(parts) > 1:
@@ -122,19 +131,25 @@ def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
         use = np.ones(len(rows.cases), dtype=bool)
     names = FREE[rows.family[0]]
     start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
-    shared = {"heat": heat} if "sustained" in names else {}
+    shared = Constants(heat=heat) if "sustained" in names else Constants()
     best: tuple[Constants, float] | None = None
     for power in POWERS:
 
         def residuals(x: Array, power: int = power) -> Array:
-            constants = Constants(power=power, **shared, **dict(zip(names, np.exp(x), strict=True)))
+            constants = _with(shared, power, dict(zip(names, np.exp(x), strict=True)))
             return np.log(predict(op, machine, constants)[use] / rows.seconds[use])
 
         found = least_squares(residuals, start, bounds=(low - 1e-9, high + 1e-9), loss="soft_l1", f_scale=0.05)
         if best is None or found.cost < best[1]:
-            best = Constants(power=power, **shared, **{n: float(f"{v:.4g}") for n, v in zip(names, np.exp(found.x), strict=True)}), float(found.cost)
+            rounded = {n: float(f"{v:.4g}") for n, v in zip(names, np.exp(found.x), strict=True)}
+            best = _with(shared, power, rounded), float(found.cost)
     assert best is not None
     return best[0]
+
+
+def _with(base: Constants, power: int, values: Mapping[str, float]) -> Constants:
+    changes: dict[str, Any] = {"power": power, **values}
+    return replace(base, **changes)
 
 
 def heat_of(folder: Path, part: Gpu) -> float:
@@ -160,7 +175,7 @@ def heat_of(folder: Path, part: Gpu) -> float:
         return 0.0
     _, rate, power = max(reads)
     rest = float(np.median(idle))
-    heat = (power - rest) / (limit - rest) * part.hbm_bytes_per_s / rate / 3
+    heat = float((power - rest) / (limit - rest) * part.hbm_bytes_per_s / rate / 3)
     return round(heat, 3) if np.isfinite(heat) and heat > 0 else 0.0
 
 
@@ -198,7 +213,8 @@ def judge(rows: Rows, error: Array, sharp: Array, sigma: float) -> list[Quality]
         worst = int(np.argmax(np.where(chosen, np.abs(error), -1)))
         found.append(Quality(
             rows.family, held or "fitted", len(e), float(np.median(np.abs(e))), float(np.quantile(np.abs(e), 0.9)), float(np.median(e)),
-            float(np.median(np.abs(sharp[chosen]))), float(np.quantile(np.abs(sharp[chosen]), 0.9)), float(np.mean(np.abs(e) <= Z80 * sigma)), f"{rows.cases[worst].extents} {error[worst]:+.0%}",
+            float(np.median(np.abs(sharp[chosen]))), float(np.quantile(np.abs(sharp[chosen]), 0.9)),
+            float(np.mean(np.abs(e) <= Z80 * sigma)), f"{rows.cases[worst].extents} {error[worst]:+.0%}",
         ))  # fmt: skip
     return found
 
@@ -218,12 +234,13 @@ class Residuals:
         """Errors after the table's correction."""
         distance = ((extents(op)[:, None, :] - self.at[None]) ** 2).sum(-1)
         weight = np.exp(-0.5 * distance)
-        return error - (weight * self.error).sum(1) / (weight.sum(1) + 0.3)
+        return np.asarray(error - (weight * self.error).sum(1) / (weight.sum(1) + 0.3), dtype=float)
 
 
 def extents(op: Op) -> Array:
     """log2 of the extents of every row, one column each."""
-    return np.log2(np.maximum(np.stack([np.asarray(value, dtype=float) for value in op.shape.values()], axis=1), 1e-9))
+    columns: Array = np.stack([np.asarray(value, dtype=float) for value in op.shape.values()], axis=1)
+    return np.asarray(np.log2(np.maximum(columns, 1e-9)), dtype=float)
 
 
 def residuals_of(rows: Rows, error: Array) -> Residuals:
@@ -232,7 +249,7 @@ def residuals_of(rows: Rows, error: Array) -> Residuals:
     return Residuals(extents(rows.op)[use], error[use])
 
 
-def spread(error: Array, held: Any) -> float:
+def spread(error: Array, held: Mask) -> float:
     """Sigma from held-out rows: their 80th percentile over that of a normal; of all rows where fewer than five are held."""
     chosen = error[held] if int(held.sum()) >= LEAST_ROWS else error
     return float(max(np.quantile(np.abs(chosen), 0.8) / Z80, 0.01))
@@ -272,9 +289,12 @@ def calibrate(folder: Path) -> Profile:
         quality += judge(rows, error, sharp, sigma)
         beaten += beats(rows, machine)
         points += [
-            {"kernel": " ".join(filter(None, family)), "shape": c.extents, "held": c.held or "fitted", "measured_s": float(t), "error": float(np.expm1(e))}
+            {
+                "kernel": " ".join(filter(None, family)), "shape": c.extents, "held": c.held or "fitted",
+                "measured_s": float(t), "error": float(np.expm1(e)),
+            }
             for c, t, e in zip(rows.cases, rows.seconds, error, strict=True)
-        ]
+        ]  # fmt: skip
     return Profile(part, constants, quality, beaten, points)
 
 
@@ -294,7 +314,7 @@ STANDS_FOR = {
 def write(profile: Profile, folder: Path) -> None:
     """constants.toml (the profile) and quality.csv (how well it predicts) in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    today = f"{dt.datetime.now(dt.UTC):%Y-%m-%d}"
     lines = [f'description = "{profile.gpu.name}: measured, fitted {today}"', f"common_sigma = {COMMON_SIGMA}", ""]
     for (kernel, impl, dtype), constants in profile.families.items():
         lines += _table(kernel, impl, dtype, constants)
@@ -315,7 +335,10 @@ COMMON_SIGMA = 0.05
 
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
-    named = ("tensor", "special", "memory", "sustained", "heat", "depth_half", "split", "variant", "wave", "launch_s", "merge_s", "power", "sigma", "rows")
+    named = (
+        "tensor", "special", "memory", "sustained", "heat", "depth_half", "split", "variant", "wave", "launch_s", "merge_s",
+        "power", "sigma", "rows",
+    )  # fmt: skip
     plain = Constants()
     values = [f"{n} = {getattr(constants, n)!r}" for n in named if getattr(constants, n) != getattr(plain, n) or n in FREE.get(kernel, ())]
     return ["[[family]]", f'kernel = "{kernel}"', f'impl = "{impl}"', f'dtype = "{dtype}"', *values, f'basis = "{constants.basis}"',
@@ -352,19 +375,19 @@ def _compared(which: Case, part: Gpu, predicted: float, seconds: float, sigma: f
 
 def draw(profile: Profile, folder: Path) -> Path:
     """residuals.html: predicted over measured for every row, by kernel and kind of row."""
-    import altair  # noqa: PLC0415 (an extra)
+    import altair as alt  # noqa: PLC0415 (an extra)
     import pandas as pd  # noqa: PLC0415
 
     frame = pd.DataFrame(profile.points)
     chart = (
-        altair.Chart(frame, width=560, height=180)
+        alt.Chart(frame, width=560, height=180)
         .mark_circle(opacity=0.6)
         .encode(
-            x=altair.X("measured_s:Q", scale=altair.Scale(type="log"), title="measured, s"),
-            y=altair.Y("error:Q", axis=altair.Axis(format="%"), title="predicted / measured - 1"),
-            color=altair.Color("held:N", title="held out for"), tooltip=["kernel", "shape", "measured_s", "error"],
+            x=alt.X("measured_s:Q", scale=alt.Scale(type="log"), title="measured, s"),
+            y=alt.Y("error:Q", axis=alt.Axis(format="%"), title="predicted / measured - 1"),
+            color=alt.Color("held:N", title="held out for"), tooltip=["kernel", "shape", "measured_s", "error"],
         )
-        .facet(row=altair.Row("kernel:N", title=None))
+        .facet(row=alt.Row("kernel:N", title=None))
     )  # fmt: skip
     file = folder / "residuals.html"
     chart.save(str(file))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from microbench.case import Case, Prepared, case, sets_for
+from microbench.case import Case, Prepared, case, l2_of, relative, sets_for
 from simulator.dtypes import WEIGHT_FORMATS
 from simulator.hf import load_model
 from simulator.kernels.gemm import gemm
@@ -16,18 +16,21 @@ from simulator.parallel import Layout
 from simulator.phases import Decode, System
 from simulator.work import Op, Rows, fold
 
-KERNELS = ("gemm", "grouped_gemm")
+KERNELS: tuple[str, ...] = ("gemm", "grouped_gemm")
 #: Whose projections are measured, on how many tensor-parallel ranks.
 MODELS = (
-    ("Meta-Llama-3.1-8B", 1), ("Meta-Llama-3.1-70B", 8), ("Meta-Llama-3.1-70B", 1), ("Meta-Llama-3.1-405B", 8), ("Qwen/Qwen2.5-14B-Instruct-1M", 1),
-    ("Qwen/Qwen3-30B-A3B", 1), ("openai/gpt-oss-20b", 1), ("deepseek-ai/DeepSeek-V3", 8), ("mistralai/Mistral-7B-v0.1", 1),
+    ("Meta-Llama-3.1-8B", 1), ("Meta-Llama-3.1-70B", 8), ("Meta-Llama-3.1-70B", 1), ("Meta-Llama-3.1-405B", 8),
+    ("Qwen/Qwen2.5-14B-Instruct-1M", 1), ("Qwen/Qwen3-30B-A3B", 1), ("openai/gpt-oss-20b", 1), ("deepseek-ai/DeepSeek-V3", 8),
+    ("mistralai/Mistral-7B-v0.1", 1),
 )  # fmt: skip
 ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 ODD_ROWS = (3, 77, 300, 1000, 3000, 5000)
 MOST_FLOPS, MOST_BYTES = 3e13, 24e9
-#: (experts, top_k, gate-up width, hidden) of layers whose experts are measured: Qwen3-30B-A3B, its EP8 slice, gpt-oss-20b, Mixtral-8x7B, DeepSeek-V3 EP32.
+#: (experts, top_k, gate-up width, hidden) of layers whose experts are measured: Qwen3-30B-A3B, its EP8 slice, gpt-oss-20b,
+#: Mixtral-8x7B, DeepSeek-V3 EP32.
 EXPERTS = ((128, 8, 1536, 2048), (16, 8, 1536, 2048), (32, 4, 5760, 2880), (8, 2, 28672, 4096), (8, 8, 4096, 7168))
-_PLAIN = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+#: fp8 products are measured from this many rows on.
+FP8_LEAST_ROWS = 16
 
 
 @cache
@@ -50,20 +53,21 @@ def cases(suite: str) -> list[Case]:
         return [case("gemm", "cublas", "bf16", m=8, n=64, k=32), case("grouped_gemm", "cutlass", "bf16", m=32, n=32, k=16, experts=2)]
     shapes = layouts()
     found = []
+    rows: tuple[int, ...] = ROWS
+    eight = shapes[::2]
     if suite == "quick":
         shapes, rows, eight = shapes[:10], (1, 64, 512, 4096, 16384), shapes[:4]
-    else:
-        rows, eight = ROWS, shapes[::2]
     for index, (n, k) in enumerate(shapes):
         chosen = rows if suite == "quick" else (*rows[index % 2 :: 2], ODD_ROWS[index % len(ODD_ROWS)])
         found += [case("gemm", "cublas", "bf16", m=m, n=n, k=k) for m in sorted(chosen) if _fits(m, n, k)]
     for index, (n, k) in enumerate(eight):
         chosen = rows if suite == "quick" else rows[index % 2 :: 2]
-        found += [case("gemm", "cublas", "fp8", m=m, n=n, k=k) for m in chosen if m >= 16 and _fits(m, n, k)]
+        found += [case("gemm", "cublas", "fp8", m=m, n=n, k=k) for m in chosen if m >= FP8_LEAST_ROWS and _fits(m, n, k)]
     for experts, top_k, n, k in EXPERTS if suite == "full" else EXPERTS[:1]:
         for tokens in (1, 8, 64, 512, 4096, 16384) if suite == "full" else (8, 512, 4096):
             for outputs, inputs in ((n, k), (k, n // 2)):
-                found.append(case("grouped_gemm", "cutlass", "bf16", m=tokens * top_k, n=outputs, k=inputs, experts=min(experts, tokens * top_k)))
+                m = tokens * top_k
+                found.append(case("grouped_gemm", "cutlass", "bf16", m=m, n=outputs, k=inputs, experts=min(experts, m)))
     if suite == "full":
         for m, n, k in ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 28672, 4096), (8192, 57344, 8192)):
             found += [case("gemm", "cublas", "bf16", regime=regime, m=m, n=n, k=k) for regime in ("burst", "sustained")]
@@ -77,17 +81,17 @@ def _fits(m: int, n: int, k: int) -> bool:
 
 def op(which: Case) -> Op:
     """Quantities of the product."""
-    extents = {"m": float(which["m"]), "n": float(which["n"]), "k": float(which["k"])}
+    m, n, k = (float(which[name]) for name in ("m", "n", "k"))
     weight = WEIGHT_FORMATS[which.dtype]
     if which.kernel == "grouped_gemm":
-        return grouped_gemm("experts", rows=extents["m"], experts=float(which["experts"]), n=extents["n"], k=extents["k"], weight=weight)
-    return gemm("gemm", **extents, weight=weight)
+        return grouped_gemm("experts", rows=m, experts=float(which["experts"]), n=n, k=k, weight=weight)
+    return gemm("gemm", m=m, n=n, k=k, weight=weight)
 
 
 def prepare(which: Case, device: Any) -> Prepared:
     """Random activations and weights; every set has its own of both."""
     m, n, k = which["m"], which["n"], which["k"]
-    sets, hot = sets_for(op(which).hbm_bytes, _l2(device))
+    sets, hot = sets_for(float(op(which).hbm_bytes), l2_of(device))
     if which.kernel == "grouped_gemm":
         experts = which["experts"]
         rows = torch.randn(sets, m, k, device=device, dtype=torch.bfloat16)
@@ -101,8 +105,9 @@ def prepare(which: Case, device: Any) -> Prepared:
         one = torch.ones((), device=device)
         x, weight = x.to(torch.float8_e4m3fn), (weight * 16).to(torch.float8_e4m3fn)
         return Prepared(
-            lambda i: torch._scaled_mm(x[i], weight[i].t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True), sets, hot=hot  # noqa: SLF001
-        )
+            lambda i: torch._scaled_mm(x[i], weight[i].t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True),  # noqa: SLF001
+            sets, hot=hot,
+        )  # fmt: skip
     return Prepared(lambda i: torch.mm(x[i], weight[i].t(), out=out[i % len(out)]), sets, hot=hot)
 
 
@@ -132,9 +137,6 @@ def _scaled(shape: tuple[int, ...], device: Any, spread: float = 0.03) -> Any:
     return torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(spread)
 
 
-def _l2(device: Any) -> float:
-    return float(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 1e4
-
 
 def error(which: Case, device: Any) -> float:
     """Against float64 on the same rounded inputs; rows as asked up to 256, poisoned output where there is one."""
@@ -146,19 +148,13 @@ def error(which: Case, device: Any) -> float:
         got = grouped(rows, weight, ends).double()
         index = torch.bucketize(torch.arange(m, device=device), ends.to(torch.int64), right=True)
         want = torch.einsum("mk,mnk->mn", rows[:32].double(), weight[index[:32]].double())
-        return _relative(got[:32], want)
+        return relative(got[:32], want)
     x, weight = _scaled((m, k), device, 1.0), _scaled((n, k), device)
     if which.dtype == "fp8" and device.type == "cuda":
         one = torch.ones((), device=device)
         x, weight = x.to(torch.float8_e4m3fn), (weight * 16).to(torch.float8_e4m3fn)
         got = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: SLF001
-        return _relative(got.double(), x.double() @ weight.double().t())
+        return relative(got.double(), x.double() @ weight.double().t())
     out = torch.full((m, n), float("nan"), device=device, dtype=torch.bfloat16)
     torch.mm(x, weight.t(), out=out)
-    return _relative(out.double(), x.double() @ weight.double().t())
-
-
-def _relative(got: Any, want: Any) -> float:
-    return float((got - want).norm() / want.norm())
-
-
+    return relative(out.double(), x.double() @ weight.double().t())

@@ -22,6 +22,11 @@ PROGRAMS_PER_SM = 2
 #: Splits are worth their partial outputs from this many keys on.
 KEYS_PER_SPLIT = 256
 MERGE_SPLITS = tl.constexpr(16)
+#: Numbers of a key tile that a program of the paged kernel holds.
+PAGED_TILE = 8192
+#: Query heads that share a program of the latent kernel: what vLLM's and SGLang's Triton kernels use, and, where there are
+#: enough heads, one that reads the cache from L2 a quarter as often.
+FEW_HEADS, MANY_HEADS = 16, 64
 ACTIVATION_BLOCK = 2048
 NORM_BACKWARD_PROGRAMS = 264
 
@@ -159,7 +164,7 @@ def _combine(rows, index, share, out, TOP_K: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def _paged_split(
-    query, keys, values, table, lengths, out, partial, lse, score_scale, value_scale, splits, table_stride,
+    query, keys, values, table, lengths, out, partial, lse, score_scale, splits, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +197,7 @@ def _paged_split(
         value = tl.load(values + place, mask=seen[:, None], other=0.0).to(q.dtype)
         total = total * shrink[:, None] + tl.dot(probability.to(q.dtype), value)
         largest = higher
-    mean = total * (value_scale / tl.where(weight > 0.0, weight, 1.0))[:, None]
+    mean = total * (1.0 / tl.where(weight > 0.0, weight, 1.0))[:, None]
     if MERGED:
         place = (head * splits + split)[:, None] * HEAD_DIM + column[None, :]
         tl.store(partial + place, mean, mask=real[:, None])
@@ -272,14 +277,14 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 1024))
 
 
-def norm(x: Any, residual: Any, weight: Any, out: Any, added: Any, eps: float = 1e-5) -> None:
-    """added = x + residual; out = added / rms(added) * weight, row by row."""
+def norm(x: Any, residual: Any, weight: Any, out: Any, added: Any, eps: float) -> None:
+    """`added = x + residual; out = added / rms(added) * weight`, row by row."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     _norm[(rows,)](x, residual, weight, out, added, eps, WIDTH=width, BLOCK=block, num_warps=_warps(block))
 
 
-def norm_backward(added: Any, weight: Any, d_out: Any, d_added: Any, eps: float = 1e-5) -> tuple[Any, Any]:
+def norm_backward(added: Any, weight: Any, d_out: Any, d_added: Any, eps: float) -> tuple[Any, Any]:
     """Gradients of `norm` by its input (the same by x and residual) and by its weight."""
     rows, width = added.shape
     block, programs = triton.next_power_of_2(width), min(rows, NORM_BACKWARD_PROGRAMS)
@@ -299,14 +304,14 @@ def rotary(x: Any, table: Any, positions: Any, heads: int, head_dim: int, *, inv
     )  # fmt: skip
 
 
-def head_norm(x: Any, weight: Any, heads: int, head_dim: int, eps: float = 1e-5) -> None:
+def head_norm(x: Any, weight: Any, heads: int, head_dim: int, eps: float) -> None:
     """RMS norm of each of the first `heads` heads of a row, in place."""
     pad = triton.next_power_of_2(heads)
     _head_norm[(x.shape[0],)](x, weight, x.stride(0), eps, HEADS=heads, HEADS_PAD=pad, DIM=head_dim, num_warps=4)
 
 
 def activation(gate_up: Any, out: Any) -> None:
-    """out = silu(gate) * up, `gate_up` holding both side by side."""
+    """`out = silu(gate) * up`, `gate_up` holding both side by side."""
     rows, width = out.shape
     block = min(ACTIVATION_BLOCK, triton.next_power_of_2(width))
     _activation[(rows, triton.cdiv(width, block))](gate_up, out, WIDTH=width, BLOCK=block, num_warps=4)
@@ -396,25 +401,28 @@ def paged_scratch(batch: int, heads: int, kv_heads: int, head_dim: int, keys: in
     return Paged(batch, heads, batch * kv_heads, head_dim, keys, device)
 
 
-def paged_decode(
-    query: Any, keys: Any, values: Any, table: Any, lengths: Any, out: Any, scratch: Paged, value_scale: float = 1.0
-) -> None:
+def paged_decode(query: Any, keys: Any, values: Any, table: Any, lengths: Any, out: Any, scratch: Paged) -> None:
     """One query token per sequence against a paged cache of bf16 or e4m3 keys and values.
 
     query, out (batch, heads, D); keys, values (pages, page, kv_heads, D); table (batch, pages of a sequence) int32;
-    lengths (batch) int32.  `value_scale` multiplies stored values.
+    lengths (batch) int32.
     """
     batch, heads, head_dim = query.shape
     _, page, kv_heads, _ = keys.shape
     group = heads // kv_heads
-    block = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+    block = max(32, min(128, PAGED_TILE // head_dim))
     _paged_split[(batch, kv_heads, scratch.splits)](
         query, keys, values, table, lengths, out, scratch.partial, scratch.lse,
-        head_dim**-0.5 * LOG2_E.value, value_scale, scratch.splits, table.stride(0),
+        head_dim**-0.5 * LOG2_E.value, scratch.splits, table.stride(0),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
         PAGE=page, BLOCK=block, MERGED=scratch.splits > 1, num_warps=4, num_stages=3,
     )  # fmt: skip
     scratch.merge(out)
+
+
+def head_block(heads: int) -> int:
+    """How many of `heads` query heads share a program of `latent_decode`."""
+    return MANY_HEADS if heads >= MANY_HEADS else FEW_HEADS
 
 
 def latent_scratch(batch: int, heads: int, rank: int, keys: int, head_block: int, device: Any) -> Paged:
@@ -423,18 +431,18 @@ def latent_scratch(batch: int, heads: int, rank: int, keys: int, head_block: int
 
 
 def latent_decode(
-    query: Any, cache: Any, table: Any, lengths: Any, out: Any, scratch: Paged, scale: float, head_block: int = 16
+    query: Any, cache: Any, table: Any, lengths: Any, out: Any, scratch: Paged, scale: float, head_block: int
 ) -> None:
     """Absorbed MLA: one query token per sequence, all heads against the shared latent rows.
 
-    query (batch, heads, rank + rope); cache (pages, page, rank + rope); out (batch, heads, rank).  `head_block` heads
-    share a program: 16 is what vLLM's and SGLang's Triton kernels use, 64 reads the cache from L2 a quarter as often.
+    query (batch, heads, rank + rope); cache (pages, page, rank + rope); out (batch, heads, rank).  `head_block` is that of
+    the scratch.
     """
     batch, heads, _ = query.shape
     page, rank = cache.shape[1], out.shape[-1]
     _latent_split[(batch, triton.cdiv(heads, head_block), scratch.splits)](
         query, cache, table, lengths, out, scratch.partial, scratch.lse, scale * LOG2_E.value, scratch.splits,
         table.stride(0), heads, HEAD_BLOCK=head_block, RANK=rank, ROPE=cache.shape[-1] - rank, PAGE=page, BLOCK=32,
-        MERGED=scratch.splits > 1, num_warps=8 if head_block > 16 else 4, num_stages=2,
+        MERGED=scratch.splits > 1, num_warps=8 if head_block > FEW_HEADS else 4, num_stages=2,
     )  # fmt: skip
     scratch.merge(out)

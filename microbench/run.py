@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from microbench import attention, decoder, elementwise, gemm
-from microbench.case import Case, Prepared
+from microbench.case import Case, Module
 from microbench.clock import REGIMES, Timing, measure
 from microbench.environment import Sensors, environment
 from simulator.work import Op
 
-MODULES: tuple[Any, ...] = (gemm, attention, elementwise, decoder)
+MODULES: tuple[Module, ...] = (gemm, attention, elementwise, decoder)
 SUITES = ("tiny", "quick", "full")
 COLUMNS = (
     "kernel", "impl", "dtype", "regime", "shape", "held", "l2", "p20_s", "p50_s", "p80_s", "samples", "error", "sm_clock_hz", "power_w",
@@ -33,7 +33,7 @@ COLUMNS = (
 TOLERANCE = {"bf16": 2e-2, "fp8": 6e-2}
 
 
-def module_of(kernel: str) -> Any:
+def module_of(kernel: str) -> Module:
     """The module that measures a kernel."""
     return next(m for m in MODULES if kernel in m.KERNELS)
 
@@ -108,7 +108,8 @@ def bench(names: Iterable[str], folder: Path, *, limit_s: float = 540.0, progres
 
 def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ...], float]) -> dict[str, Any]:
     module = module_of(which.kernel)
-    kind = (which.kernel, which.impl, which.dtype, *(which.get(n) for n in ("heads", "kv_heads", "head_dim", "v_head_dim", "window", "width", "kind")))
+    layout = (which.get(name) for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "window", "width"))
+    kind = (which.kernel, which.impl, which.dtype, *layout)
     if kind not in checked:
         checked[kind] = module.error(which, device)
     if not checked[kind] < TOLERANCE[which.dtype]:
@@ -117,9 +118,9 @@ def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ..
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    prepared: Prepared = module.prepare(which, device)
+    prepared = module.prepare(which, device)
     timing = measure(prepared, device, REGIMES["tiny" if device.type != "cuda" else which.regime], sensors)
-    op: Op = module.op(which)
+    op = module.op(which)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     return record(which, timing, op, error=checked[kind], hot=prepared.hot, peak_bytes=prepared.peak_bytes or peak)
 
@@ -127,9 +128,9 @@ def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ..
 def record(which: Case, timing: Timing, op: Op, *, error: float, hot: bool, peak_bytes: float) -> dict[str, Any]:
     """A row of the file."""
     return {
-        "kernel": which.kernel, "impl": which.impl, "dtype": which.dtype, "regime": which.regime, "shape": which.extents, "held": which.held,
-        "l2": "hot" if hot else "cold", "p20_s": f"{timing.p20_s:.6g}", "p50_s": f"{timing.p50_s:.6g}", "p80_s": f"{timing.p80_s:.6g}",
-        "samples": timing.samples, "error": f"{error:.2g}", "sm_clock_hz": f"{timing.reading.sm_clock_hz:.4g}",
+        "kernel": which.kernel, "impl": which.impl, "dtype": which.dtype, "regime": which.regime, "shape": which.extents,
+        "held": which.held, "l2": "hot" if hot else "cold", "p20_s": f"{timing.p20_s:.6g}", "p50_s": f"{timing.p50_s:.6g}",
+        "p80_s": f"{timing.p80_s:.6g}", "samples": timing.samples, "error": f"{error:.2g}", "sm_clock_hz": f"{timing.reading.sm_clock_hz:.4g}",
         "power_w": f"{timing.reading.power_w:.3g}", "flops": f"{float(op.flops):.8g}", "hbm_bytes": f"{float(op.hbm_bytes):.8g}",
         "peak_bytes": f"{float(peak_bytes):.8g}",
     }  # fmt: skip
