@@ -128,21 +128,28 @@ BORROWED_SIGMA = 0.10
 
 
 def borrowed(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Constants:
-    """Another GPU's constants scaled by datasheet, wider and analytic.
+    """Another GPU's constants, scaled by datasheet, wider and analytic."""
+    return replace(
+        carried(family, constants, gpu, lender), sigma=math.hypot(constants.sigma, BORROWED_SIGMA), basis="analytic",
+        source=f"borrowed from {lender.name}: {constants.source}",
+    )  # fmt: skip
+
+
+def carried(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Constants:
+    """Constants of `lender` on the units, power and memory of `gpu`.
 
     tensor' = 1 / (1 + (1 / tensor - 1) r), depth_half' = depth_half r, r the FLOP per clock of this board's SM over the lender's:
     what a tile spends beside its products (fetching operands, softmax, write-out) is as long on a slower tensor core.
     sustained' = sustained (W' / P') / (W / P), heat' = heat (B' / W') / (B / W), W the board power, P the tensor peak, B the memory
     rate: the same joules per FLOP and per byte.  Shares of memory and of exponentials, pieces, waves and fixed times are the lender's.
-    Neglected: other voltages and memory generations.
+    Neglected: other voltages and memory generations, and instructions that only one of the two has.
     """
     dtype = family[2] if gpu.supports(family[2]) and lender.supports(family[2]) else "bf16"
-    slower, watts = gpu.flops_per_clock[dtype] / lender.flops_per_clock[dtype], gpu.tdp_w / lender.tdp_w
+    rate, watts = gpu.flops_per_clock[dtype] / lender.flops_per_clock[dtype], gpu.tdp_w / lender.tdp_w
     return replace(
-        constants, tensor=1 / (1 + (1 / constants.tensor - 1) * slower), depth_half=constants.depth_half * slower,
+        constants, tensor=1 / (1 + (1 / constants.tensor - 1) * rate), depth_half=constants.depth_half * rate,
         sustained=constants.sustained * watts * lender.peak_flops_per_s(dtype) / gpu.peak_flops_per_s(dtype),
         heat=constants.heat / watts * gpu.hbm_bytes_per_s / lender.hbm_bytes_per_s,
-        sigma=math.hypot(constants.sigma, BORROWED_SIGMA), basis="analytic", source=f"borrowed from {lender.name}: {constants.source}",
     )  # fmt: skip
 
 
@@ -192,15 +199,22 @@ def _is_number(value: object, *, least: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
 
 
+#: The board whose tensor cores the priors of no architecture describe.
+PRIOR_GPU = "h200_sxm"
+
+
 def _assumed(gpu: Gpu) -> Calibration:
     """Documented priors, with the GPU's own published matmul ceiling where there is one.
 
     A ceiling c is what long products of the best shape attain, so the power limit is what it leaves to be explained:
     sustained = (c^-p - tensor^-p)^(-1/p) with p the exponent of the smooth maximum.
     """
-    priors = read_profile(data_path("calibration", "priors.toml"), gpu.name, "prior", gpu.architecture)
-    families = dict(priors.families)
-    for (kernel, impl, _), constants in priors.families.items():
+    file = data_path("calibration", "priors.toml")
+    priors, everywhere = (read_profile(file, gpu.name, "prior", architecture) for architecture in (gpu.architecture, ""))
+    families = {
+        family: carried(family, c, gpu, named(PRIOR_GPU)) if everywhere.families.get(family) == c else c for family, c in priors.families.items()
+    }  # fmt: skip
+    for (kernel, impl, _), constants in list(families.items()):
         if kernel != "gemm":
             continue
         for dtype, attained in gpu.attained.items():

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 import numpy as np
 from scipy.optimize import minimize
 
-from simulator.calibration import Calibration, Constants, Family, borrowed
+from simulator.calibration import PRIOR_GPU, Calibration, Constants, Family, carried
 from simulator.hardware import Gpu, gpu
 from simulator.published import Asked, NotComparableError, measurements, question, role
 from simulator.published.kernels import IMPLEMENTATIONS
@@ -29,7 +29,7 @@ HUBER = 0.15
 FREE = {
     "attention": ("tensor", "special", "depth_half"), "attention_backward": ("tensor",),
     "decode_attention": ("tensor", "memory", "launch_s", "merge_s"), "elementwise": ("memory",),
-    "index_scores": ("tensor", "memory", "launch_s"),
+    "index_scores": ("tensor", "launch_s"), "chunk_scan": ("tensor", "launch_s"),
 }  # fmt: skip
 #: Rows of latent prefills from 6,144 tokens on say nothing of short loops.
 LONG_ONLY = {("blackwell", "attention"): ("tensor", "special")}
@@ -42,10 +42,13 @@ STARTS = {
     ),
     "decode_attention": Constants(tensor=0.6, memory=0.85, launch_s=8.9e-6, merge_s=5.4e-8, power=8),
     "elementwise": Constants(memory=0.84, launch_s=2.1e-6, power=1),
-    "index_scores": Constants(tensor=0.5, memory=0.75, depth_half=64.0, launch_s=6e-6, power=4),
+    "index_scores": Constants(tensor=0.5, memory=0.9, depth_half=64.0, launch_s=6e-6, power=4),
+    "chunk_scan": Constants(tensor=0.05, memory=0.7, launch_s=12e-6, power=4),
 }
 #: Attention measured on an H200, whose shape every other Hopper board borrows.
 MEASURED = ("cudnn", "flash2")
+#: Where rows of one dtype say nothing of another: reading an fp8 cache costs conversions.
+DTYPES = {("decode_attention", "flash3"): {"dtype": "bf16"}}
 #: Constants a family of priors states.
 SHAPE = ("tensor", "special", "memory", "depth_half", "split", "variant", "wave", "launch_s", "merge_s")
 #: Seconds from which a call's own launch no longer shows.
@@ -80,6 +83,8 @@ def groups() -> dict[tuple[str, str, tuple[str, ...]], list[tuple[str, Asked]]]:
             kernels = ("attention",)  # no backward among the rows
         elif row.kernel_or_engine.endswith("fp8_paged_mqa_logits"):
             architecture, impl, kernels = "", "", ("index_scores",)
+        elif row.kernel_or_engine.endswith("chunk_gated_delta_rule"):
+            architecture, impl, kernels = "", "", ("chunk_scan",)
         if impl is not None:
             found[architecture, impl, kernels].append((f"{row.source} | {row.series}", asked))
     return found
@@ -87,14 +92,14 @@ def groups() -> dict[tuple[str, str, tuple[str, ...]], list[tuple[str, Asked]]]:
 
 def start(kernel: str, part: Gpu) -> Constants:
     """The H200's shape on another board's tensor cores."""
-    scaled = borrowed((kernel, "", "bf16"), STARTS[kernel], part, gpu("h200"))
-    return replace(STARTS[kernel], tensor=scaled.tensor, depth_half=scaled.depth_half)
+    return carried((kernel, "", "bf16"), STARTS[kernel], part, gpu(PRIOR_GPU))
 
 
 def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...]) -> tuple[dict[Family, Constants], Array]:
     """Constants of the kernels, and log(predicted / published) of the rows."""
-    assert rows[0].cluster is not None
-    part = rows[0].cluster.gpu
+    parts = [asked.cluster.gpu for asked in rows if asked.cluster is not None]
+    several = len({part.architecture for part in parts}) > 1
+    part = gpu(PRIOR_GPU) if several else parts[0]
     starts = {(k, impl, ""): start(k, part) for k in kernels}
     names = [(family, name) for family in starts for name in LONG_ONLY.get((part.architecture, family[0]), FREE[family[0]])]
 
@@ -118,7 +123,8 @@ def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...]) -> tuple[dict[Fa
             assert asked.cluster is not None
             there = Calibration.load(asked.cluster.gpu)
             others = {f: c for f, c in there.families.items() if (*f[:2], "") not in made}
-            one = Calibration(there.gpu, {**others, **made}, there.common_sigma)
+            own = {f: carried(f, c, asked.cluster.gpu, part) for f, c in made.items()} if several else made
+            one = Calibration(there.gpu, {**others, **own}, there.common_sigma)
             found.append(math.log(asked.answer(one).value / asked.measured))
         return np.array(found)
 
@@ -138,10 +144,11 @@ def main() -> None:
         series = sorted({name for name, _ in rows})
         print(f"# {architecture or 'all'} {impl or 'default'}: {len(rows)} rows, median |log error| {np.median(np.abs(errors)):.3f}")
         for (kernel, name, _), c in made.items():
-            keys = {"kernel": kernel} | ({"impl": name} if name else {}) | ({"architecture": architecture} if architecture else {})
+            keys = {"kernel": kernel} | ({"impl": name} if name else {}) | DTYPES.get((kernel, name), {})
+            keys |= {"architecture": architecture} if architecture else {}
             values = {f.name: float(f"{getattr(c, f.name):.3g}") for f in fields(c) if f.name in SHAPE and getattr(c, f.name) != f.default}
             # one curve says little of the next
-            values["sigma"] = max(0.15 if len(series) > 1 else 0.25, round(1.5 * float(np.std(errors)), 2))
+            values["sigma"] = max(0.15 if len(series) > 2 else 0.25, round(1.5 * float(np.std(errors)), 2))
             cited = ", ".join(sorted({one.partition(" | ")[0] for one in series}))
             print("[[family]]\n" + "\n".join(f'{k} = "{v}"' for k, v in keys.items()))
             print("\n".join(f"{f} = {v}" for f, v in values.items()) + f"\npower = {c.power}")
