@@ -118,11 +118,11 @@ def test_constants_carried_there_and_back_are_the_same(name: str) -> None:
 
 
 def test_a_slower_tensor_core_attains_more_of_itself_and_the_same_board_power_binds_it_less() -> None:
-    family = ("gemm", "", "bf16")
+    family = ("attention", "cudnn", "bf16")
     h200, h20 = (Calibration.load(gpu(name)).constants(family) for name in ("h200", "h20"))
     rate = gpu("h20").flops_per_clock["bf16"] / gpu("h200").flops_per_clock["bf16"]
     assert (1 / h20.tensor - 1) / (1 / h200.tensor - 1) == pytest.approx(rate)
-    assert h20.sustained > 1 > h200.sustained
+    assert h20.sustained > 1 >= h200.sustained
     assert h20.basis == "analytic"
     assert h20.sigma > h200.sigma
 
