@@ -16,6 +16,10 @@ from simulator.work import Op
 #: Rows and columns of the output tile of large products on tensor cores since Ampere (CUTLASS and cuBLAS defaults);
 #: rows are padded to the instruction's 64.
 TILE_M, TILE_N, PAD_M = 128.0, 128.0, 64.0
+#: Rows of a warp-level matrix instruction: what the query heads of one key-value head are padded to where they are few.
+WARP_ROWS = 16.0
+#: Query heads of a latent row are padded to these in gathered attention, by architecture; elsewhere to a warp's.
+LATENT_ROWS = {"hopper": 64.0}
 #: Outputs one SM holds in a wave of a large product, and the reads of a real raster over those of a square one.
 WAVE_TILE, RASTER = 128.0 * 256.0, 1.3
 #: How many L2 caches of keys and values a head has when every second sweep misses.
@@ -106,13 +110,15 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
 
 
 def launch_decode(op: Op, gpu: Gpu) -> Launched:
-    """Keys split over the SMs: the query rows of a key-value head share a tile of 64 rows; each split writes fp32
-    partial outputs and reads them once.  Source: FORMULAS 3.4, FlashAttention's num_splits_heuristic in closed form.
+    """Keys split over the SMs: the query rows of a key-value head share tiles of up to 64 rows, padded to the 16 of a warp's
+    matrix instruction (as FlashInfer, FA2DetermineCtaTileQ, and the kernels measured here do; FlashAttention-3 pads to 64, which costs time
+    only where the tensor cores are slow beside the memory); each split writes fp32 partial outputs and reads them once.
+    Source: FORMULAS 3.4, FlashAttention's num_splits_heuristic in closed form.
     """
     s = op.shape
     group_rows = s["heads"] / s["kv_heads"] * s["tokens"]
     row_tiles = ceil(group_rows * (1 / PAD_M))
-    padded = row_tiles * PAD_M / maximum(group_rows, 1e-9)
+    padded = ceil(group_rows * (1 / WARP_ROWS)) * WARP_ROWS / maximum(group_rows, 1e-9)
     blocks = maximum(ceil(s["keys"] * (1 / 128.0)), 1.0)
     heads = s["sequences"] * s["kv_heads"] * row_tiles
     splits = minimum(maximum(gpu.units / maximum(heads, 1e-9), 1.0), blocks)
@@ -157,20 +163,18 @@ def fills(launched: Launched, split: Num, wave: Num) -> Num:
     return 1.0 / (maximum(ratio, 1.0) + ratio * wave)
 
 
-#: Rows of a warp-level matrix instruction: what the query heads of one key-value head are padded to where every query
-#: token gathers rows of its own.
-_GATHER_ROWS = 16.0
-
-
 def launch_gathered(op: Op, gpu: Gpu) -> Launched:
-    """Every query token gathers its own rows: its heads of one key-value head are one tile, padded to 16 rows.
+    """Every query token gathers its own rows: its heads of one key-value head are one tile, padded to 16 rows, or to FlashMLA's
+    64 on Hopper where they share wide latent rows.
 
     Rows that several tokens select are read again as far as the live rows do not stay in L2: (gathered - live) row bytes
-    x / (x + L2), x the live bytes.  Few tokens split their keys over idle SMs.  Source: FORMULAS 3.5, 3.6.
+    x / (x + L2), x the live bytes.  Few tokens split their keys over idle SMs.  Source: FORMULAS 3.5, 3.6; FlashMLA's sparse
+    kernels assert h_q % B_H == 0, and SGLang's dsa_backend pads to it (on Blackwell it has other kernels, whose few heads cost less).
     """
     s = op.shape
     group = maximum(s["heads"] / s["kv_heads"], 1e-9)
-    padded = ceil(group * (1 / _GATHER_ROWS)) * _GATHER_ROWS / group
+    tile = where(s["head_dim"] > WIDE_HEAD, LATENT_ROWS.get(gpu.architecture, WARP_ROWS), WARP_ROWS)
+    padded = ceil(group / tile) * tile / group
     footprint = s["live"] * s["row_bytes"]
     again = maximum(s["gathered"] - s["live"], 0.0) * s["row_bytes"] * (footprint / (footprint + gpu.l2_bytes))
     tiles = s["sequences"] * s["tokens"] * s["kv_heads"]

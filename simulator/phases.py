@@ -26,7 +26,7 @@ from simulator.work import Flow, Known, Later, Op, Overlap, Pipeline, Repeat, Se
 #: Shares of the chunks between the first and the last whole one; each is a run of whole chunks that stands for its mean.
 #: Pairs are exact whatever the shares; time is within 0.2 % of the sum over chunks (a law; the worst are those
 #: where the cache outgrows the L2 on the way).
-RUNS = (0.17, 0.25, 0.29, 0.29)
+RUNS = (0.12, 0.2, 0.22, 0.23, 0.23)
 
 #: Host work of one step of one stage: from the number of kernels launched to an op on resource `host`.
 Host = Callable[[Count, Tokens], Op]

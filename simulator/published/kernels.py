@@ -175,7 +175,8 @@ def flash_mla(row: Measurement) -> Asked:
 
 def infersim(row: Measurement) -> Asked:
     """InferSim's bench_data, microseconds.  Products are fp8 (their MFU is of the fp8 peak).  Decode attention has one
-    query token per sequence over `context_len` keys; prefill is causal.  Which library ran is not recorded per row.
+    query token per sequence over `context_len` keys; prefill is causal.  Its library is FlashAttention-3 or FlashInfer, which
+    is not recorded per row: the first is asked.
     """
     on, seconds = machine(row), float(row.value) * US
     if row.model == "GEMM":
@@ -185,7 +186,7 @@ def infersim(row: Measurement) -> Asked:
     if row.model == "mla decode":
         held = Segment(row.number("batch"), 1.0, row.number("context_len") - 1, split_kv=True)
         return timed(latent_attention("core", held, heads=row.number("heads"), kv_lora_rank=512, rope_head_dim=64), on, seconds)
-    return timed(_cached_attention(row, impl=""), on, seconds)
+    return timed(_cached_attention(row, impl="flash3"), on, seconds)
 
 
 def _cached_attention(row: Measurement, *, impl: str, cache: str = "bf16", dtype: DType = BF16) -> Work:
