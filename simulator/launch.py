@@ -169,7 +169,8 @@ def launch_gathered(op: Op, gpu: Gpu) -> Launched:
 
     Rows that several tokens select are read again as far as the live rows do not stay in L2: (gathered - live) row bytes
     x / (x + L2), x the live bytes.  Few tokens split their keys over idle SMs.  Source: FORMULAS 3.5, 3.6; FlashMLA's sparse
-    kernels assert h_q % B_H == 0, and SGLang's dsa_backend pads to it (on Blackwell it has other kernels, whose few heads cost less).
+    kernels assert h_q % B_H == 0, and SGLang's dsa_backend pads to it.  There it pads to
+    128 on Blackwell; published rows of few heads on a B200 show no such cost, so none is taken (which kernel ran is not recorded).
     """
     s = op.shape
     group = maximum(s["heads"] / s["kv_heads"], 1e-9)
