@@ -1,8 +1,8 @@
 """Attention of new tokens over a context, forward and backward, by implementation; and decode over paged caches.
 
 Implementations: math (PyTorch, scores in memory), efficient (CUTLASS memory-efficient), flash2 (FlashAttention-2 as PyTorch
-ships it), cudnn.  Decode: flash2 (split keys, contiguous cache) and triton (our paged kernels, the layout vLLM uses), bf16 and
-fp8 caches; absorbed MLA by triton.
+ships it), cudnn; flash3, flash4 and flashinfer where installed (`packages`).  Decode: flash2 (split keys, contiguous cache) and
+triton (our paged kernels, the layout vLLM uses), bf16 and fp8 caches; absorbed MLA by triton.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from microbench import packages
 from microbench.case import Case, Prepared, case, l2_of, relative, sets_for
 from simulator.dtypes import CACHE_FORMATS, DTYPES
 from simulator.kernels.attention import Causal, Segment, Window, attention
@@ -29,6 +30,8 @@ LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 #: Sequences this short come in larger batches.
 SHORT = 1024
 PAGE = 16
+#: Element types of a cache.
+KINDS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 #: Largest cache a case allocates.
 MOST_CACHE = 20e9
 
@@ -75,7 +78,24 @@ def cases(suite: str) -> list[Case]:
         found.append(over("attention", "cudnn", "bf16", (8, 1, 128, 128), tokens=131072, context=131072))
         found += [_decode("triton", "bf16", (8, 1, 128, 128), b, c) for b, c in ((1, 131072), (8, 8192), (64, 8192), (1, 1048576))]
         return found
-    return [*found, *_chunks_and_windows(), *_prefills(), *_decodes()]
+    return [*found, *_chunks_and_windows(), *_prefills(), *_decodes(), *_installed()]
+
+
+def _installed() -> list[Case]:
+    """Prefill, backward, chunks and decode of the optional packages that are here."""
+    found = []
+    for impl in filter(packages.installed, packages.PACKAGES):
+        for layout in LAYOUTS[:6]:
+            for length in LENGTHS[1:]:
+                batch = max(1, (16384 if length <= SHORT else 8192) // length) if impl != "flashinfer" else 1
+                found.append(over("attention", impl, "bf16", layout, sequences=batch, tokens=length, context=length))
+                if impl != "flashinfer":
+                    found.append(over("attention_backward", impl, "bf16", layout, sequences=batch, tokens=length, context=length))
+            found.append(over("attention", impl, "bf16", layout, tokens=2048, context=131072))
+            if impl == "flashinfer":
+                grid = ((1, 8192), (1, 131072), (1, 1048576), (16, 8192), (16, 32768), (64, 8192), (256, 1024))
+                found += [_decode(impl, dtype, layout, b, c) for dtype in KINDS for b, c in grid if b * c * layout[1] * 512 <= MOST_CACHE]
+    return found
 
 
 def _chunks_and_windows() -> list[Case]:
@@ -177,6 +197,8 @@ def prepare(which: Case, device: Any) -> Prepared:
 
 def forward(impl: str, q: Any, k: Any, v: Any, *, window: int = 0) -> Any:
     """Causal attention, aligned to the last key: q (B, C, h, d), k (B, N, g, d), v (B, N, g, d_v) -> (B, C, h, d_v)."""
+    if impl in packages.PACKAGES:
+        return packages.forward(impl, q, k, v, window=window)
     if impl == "flash2" and q.is_cuda:
         return _flash2(q, k, v, window)[0]
     if q.shape[1] != k.shape[1] or window:
@@ -249,12 +271,23 @@ def backward(impl: str, grads: Any, q: Any, k: Any, v: Any, saved: Any) -> Any:
     return torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
 
+def impl_is_flashinfer(which: Case) -> bool:
+    """Whether a decode is FlashInfer's."""
+    return which.impl == "flashinfer"
+
+
 def _prepare_decode(which: Case, device: Any, sets: int, *, hot: bool) -> Prepared:
     b, seen, h, g, d = (which[name] for name in ("sequences", "context", "heads", "kv_heads", "head_dim"))
     q = _random((sets, b, h, d), device)
     if which.impl == "flash2":
         k, v = (_random((sets, b, seen, g, d), device) for _ in range(2))
         return Prepared(lambda i: _flash2(q[i].unsqueeze(1), k[i], v[i]), sets, hot=hot)
+    if impl_is_flashinfer(which):
+        tables = torch.stack([torch.randperm(b * -(-seen // PAGE), device=device).to(torch.int32).view(b, -1) for _ in range(sets)])
+        k, v = (_random((sets, tables[0].numel(), PAGE, g, d), device, KINDS[which.dtype]) for _ in range(2))
+        lengths = torch.full((b,), seen, device=device, dtype=torch.int32)
+        planned = [packages.paged_decode(q[i], k[i], v[i], tables[i], lengths) for i in range(sets)]
+        return Prepared(lambda i: planned[i](), sets, hot=hot)
     from microbench import kernels_triton as kernels  # noqa: PLC0415 (needs a GPU)
 
     out = torch.empty(b, h, which["v_head_dim"], device=device, dtype=torch.bfloat16)
@@ -266,7 +299,7 @@ def _prepare_decode(which: Case, device: Any, sets: int, *, hot: bool) -> Prepar
         block = kernels.head_block(h)
         latent = kernels.latent_scratch(b, h, which["v_head_dim"], seen, block, device)
         return Prepared(lambda i: kernels.latent_decode(q[i], cache[i], tables[i], lengths, out, latent, d**-0.5, block), sets, hot=hot)
-    kind = torch.float8_e4m3fn if which.dtype == "fp8" else torch.bfloat16
+    kind = KINDS[which.dtype]
     k, v = (_random((sets, b * pages, PAGE, g, d), device, kind) for _ in range(2))
     scratch = kernels.paged_scratch(b, h, g, d, seen, device)
     return Prepared(lambda i: kernels.paged_decode(q[i], k[i], v[i], tables[i], lengths, out, scratch), sets, hot=hot)
@@ -319,11 +352,16 @@ def _decode_error(which: Case, device: Any, b: int) -> float:
     if which.impl == "flash2":
         k, v = _random((b, seen, g, d), device), _random((b, seen, g, d), device)
         return relative(_flash2(q.unsqueeze(1), k, v)[0].double(), reference(q.unsqueeze(1).double(), k.double(), v.double(), 0))
-    from microbench import kernels_triton as kernels  # noqa: PLC0415 (needs a GPU)
-
     pages = -(-seen // PAGE)
     table = torch.randperm(b * pages, device=device).to(torch.int32).view(b, pages)
     lengths = torch.full((b,), seen, device=device, dtype=torch.int32)
+    if impl_is_flashinfer(which):
+        k, v = (_random((b * pages, PAGE, g, d), device, KINDS[which.dtype]) for _ in range(2))
+        rows_k, rows_v = ((t.to(torch.bfloat16)[table.long()]).reshape(b, pages * PAGE, g, d)[:, :seen].double() for t in (k, v))
+        got = packages.paged_decode(q, k, v, table, lengths)()
+        return relative(got.double(), reference(q.unsqueeze(1).double(), rows_k, rows_v, 0)[:, 0])
+    from microbench import kernels_triton as kernels  # noqa: PLC0415 (needs a GPU)
+
     out = torch.full((b, h, dv), float("nan"), device=device, dtype=torch.bfloat16)
     if which.kernel == "latent_attention":
         cache = _random((b * pages, PAGE, d), device)
@@ -331,7 +369,7 @@ def _decode_error(which: Case, device: Any, b: int) -> float:
         kernels.latent_decode(q, cache, table, lengths, out, kernels.latent_scratch(b, h, dv, seen, block, device), d**-0.5, block)
         rows = cache[table.long()].reshape(b, pages * PAGE, 1, d)[:, :seen].double()
         return relative(out.double(), reference(q.unsqueeze(1).double(), rows, rows[..., :dv], 0)[:, 0])
-    kind = torch.float8_e4m3fn if which.dtype == "fp8" else torch.bfloat16
+    kind = KINDS[which.dtype]
     k, v = (_random((b * pages, PAGE, g, d), device, kind) for _ in range(2))
     kernels.paged_decode(q, k, v, table, lengths, out, kernels.paged_scratch(b, h, g, d, seen, device))
     rows_k, rows_v = ((t.to(torch.bfloat16)[table.long()]).reshape(b, pages * PAGE, g, d)[:, :seen].double() for t in (k, v))

@@ -9,6 +9,7 @@ import torch
 
 from microbench.case import Case, Prepared, case, l2_of, relative, sets_for
 from simulator.kernels import elementwise
+from simulator.kernels.host_copy import host_copy
 from simulator.work import Op
 
 KERNELS: tuple[str, ...] = ("elementwise", "host_copy", "launch")
@@ -45,7 +46,7 @@ def cases(suite: str) -> list[Case]:
 def op(which: Case) -> Op:
     """Quantities: what is read and written once."""
     if which.kernel == "host_copy":
-        return Op("copy", "host_copy", which.impl, which.dtype, hbm_bytes=float(which["bytes"]), shape={"bytes": float(which["bytes"])})
+        return host_copy("copy", moved_bytes=float(which["bytes"]), direction=which.impl)
     if which.kernel == "launch":
         return elementwise.copy("launch", rows=1.0, width=1.0)
     rows, width = float(which["rows"]), float(which["width"])

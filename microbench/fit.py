@@ -45,6 +45,7 @@ FREE: dict[str, tuple[str, ...]] = {
     "decode_attention": ("tensor", "memory", "variant", "wave", "launch_s", "merge_s"),
     "latent_attention": ("tensor", "memory", "wave", "launch_s", "merge_s"),
     "elementwise": ("memory", "launch_s"),
+    "host_copy": ("memory", "launch_s"),
 }
 POWERS = (1, 2, 4, 8)
 #: Fewest rows a family is fitted from.
@@ -115,7 +116,7 @@ def gather(folder: Path) -> tuple[Gpu, dict[Family, Rows]]:
 
 #: What is measured to be shown, not fitted: whole layers test the sum, launches and host copies stand for themselves; so does
 #: unfused ("math") attention, which is a sum of products and passes over the scores.
-UNFITTED = ("decoder_layer", "model", "host_copy", "launch")
+UNFITTED = ("decoder_layer", "model", "launch")
 
 
 def predict(op: Op, machine: Cluster, constants: Constants) -> Array:

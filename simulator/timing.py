@@ -55,6 +55,8 @@ class Clock:
             return {"link": least_wire(op) * (through.share / through.bytes_per_s)}
         if op.kernel == "host":
             return {"host": op.shape["seconds"]}
+        if op.kernel == "host_copy":
+            return {"link": op.hbm_bytes * (1 / gpu.host_bytes_per_s)}
         found: dict[str, Seconds] = {"hbm": op.hbm_bytes * (1 / gpu.hbm_bytes_per_s)}
         if type(op.tensor_flops) is not float or op.tensor_flops:
             found["tensor"] = op.tensor_flops * (1 / self.peak(op.math))
@@ -76,6 +78,9 @@ class Clock:
             return carry(op.wire_bytes, self.port(op), constants.memory)
         if op.kernel == "host":
             return op.shape["seconds"] / constants.memory
+        if op.kernel == "host_copy":
+            through = op.hbm_bytes * (1 / (self.gpu.host_bytes_per_s * constants.memory))
+            return where_any(op.hbm_bytes, smooth_max([through, constants.launch_s], constants.power))
         launched, gpu = launch(op, self.gpu), self.gpu
         moved = launched.hbm_bytes
         pace: Num = 1.0
