@@ -365,7 +365,7 @@ def split_count(units: int, slots: int, keys: int) -> int:
     each.
 
     >>> split_count(8, 264, 131072), split_count(1024, 264, 131072)
-    (28, 1)
+    (29, 1)
     """
     most = max(1, min(slots, keys // KEYS_PER_SPLIT))
     fill = [units * s / slots / -(-units * s // slots) for s in range(1, most + 1)]

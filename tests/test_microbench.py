@@ -102,6 +102,17 @@ def test_the_recorded_quality_is_what_the_runs_give(profile: fit.Profile) -> Non
         assert q.p90 <= 1.1 * float(row["p90"]) + 0.002, (q.family, q.held)
 
 
+def test_the_readme_quotes_the_recorded_quality() -> None:
+    text = (Path(fit.__file__).parent / "README.md").read_text(encoding="utf-8")
+    with data_path("calibration/h200_sxm/quality.csv").open(encoding="utf-8") as file:
+        recorded = {(r["kernel"], r["impl"], r["dtype"], r["held"]): r for r in csv.DictReader(file)}
+    quoted = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in text.partition("| held |")[2].splitlines() if line.startswith("| ")]
+    assert quoted
+    for *key, rows, median, p90 in quoted:
+        r = recorded[tuple(key)]
+        assert (rows, median, p90) == (r["rows"], f"{float(r['median']):.1%}", f"{float(r['p90']):.1%}"), key
+
+
 def test_the_shipped_constants_are_the_fit(profile: fit.Profile) -> None:
     text = (data_path("calibration") / profile.gpu.name / "constants.toml").read_text(encoding="utf-8")
     shipped = {(r["kernel"], r["impl"], r["dtype"]): r for r in tomllib.loads(text)["family"]}
