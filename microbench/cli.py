@@ -64,7 +64,7 @@ def bench(suites: tuple[str, ...], out: Path, seconds: float, *, counters: bool,
     click.echo(f"{outcome.measured} cases measured, {outcome.known} known before, {len(outcome.skipped)} left out: {outcome.file}")
     if outcome.left:
         click.echo(f"{outcome.left} cases wait for the next slice: run the same command again")
-    else:
+    elif torch.cuda.is_available():
         click.echo(f"next: longctx calibrate {out}")
     return 0
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -161,21 +160,3 @@ def _known(folder: Path, gpu: str) -> set[str]:
 
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
-
-
-def main() -> None:
-    """`python -m microbench.run OUT SUITE [SECONDS]`: the same without the command line's extras."""
-    folder, suite, limit = Path(sys.argv[1]), sys.argv[2].split(","), float(sys.argv[3]) if len(sys.argv) > 3 else 540.0  # noqa: PLR2004
-
-    def tell(done: int, of: int, which: Case) -> None:
-        if done % 25 == 0:
-            print(f"{done}/{of} {which.key}", flush=True)
-
-    outcome = bench(suite, folder, limit_s=limit, progress=tell)
-    print(outcome.file, "measured", outcome.measured, "known", outcome.known, "left", outcome.left, flush=True)
-    for line in outcome.skipped:
-        print("skipped", line[:240])
-
-
-if __name__ == "__main__":
-    main()

@@ -110,17 +110,19 @@ def user_folder() -> Path:
 
 @cache
 def _load(gpu: Gpu) -> Calibration:
-    assumed = _assumed(gpu)
+    families = dict(_assumed(gpu).families)
     for name, title in ((gpu.name, ""), (gpu.borrows, f"{gpu.name} borrows the shape of ")):
-        for folder, whose in ((user_folder(), "yours"), (data_path("calibration"), "shipped")):
+        top: Calibration | None = None
+        for folder, whose in ((data_path("calibration"), "shipped"), (user_folder(), "yours")):
             file = folder / name / "constants.toml"
             if name and file.is_file():
-                found = read_profile(file, gpu.name, whose)
-                families = found.families if not title else {f: borrowed(f, c, gpu, named(name)) for f, c in found.families.items()}
-                # what was not measured keeps its prior; a row without a dtype stands for all
-                kept = {f: c for f, c in assumed.families.items() if (*f[:2], "") not in families}
-                return replace(found, families={**kept, **families}, description=title + found.description)
-    return assumed
+                top = read_profile(file, gpu.name, whose)
+                found = top.families if not title else {f: borrowed(f, c, gpu, named(name)) for f, c in top.families.items()}
+                # what was not measured keeps what lay below; a row without a dtype stands for all
+                families = {f: c for f, c in families.items() if (*f[:2], "") not in found} | found
+        if top is not None:
+            return replace(top, families=families, description=title + top.description)
+    return _assumed(gpu)
 
 
 #: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.  Of the 35 published rows
