@@ -34,12 +34,12 @@ from simulator.work import Op
 BOUNDS: dict[str, tuple[float, float, float]] = {
     "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "sustained": (0.65, 0.2, 1.0),
     "depth_half": (150.0, 1.0, 4000.0), "split": (2.0, 1.0, 64.0), "variant": (0.9, 0.2, 1.5), "merge_s": (2e-8, 1e-10, 1e-6),
-    "wave": (0.3, 0.01, 4.0), "launch_s": (3e-6, 2e-7, 6e-5),
+    "wave": (0.3, 0.01, 4.0), "window": (0.5, 0.001, 8.0), "launch_s": (3e-6, 2e-7, 6e-5),
 }  # fmt: skip
 FREE: dict[str, tuple[str, ...]] = {
     "gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
     "grouped_gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
-    "attention": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "variant", "launch_s"),
+    "attention": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "window", "variant", "launch_s"),
     "attention_backward": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "variant", "launch_s"),
     "unfused_attention": ("tensor", "memory", "launch_s"),
     "decode_attention": ("tensor", "memory", "variant", "wave", "launch_s", "merge_s"),
@@ -130,7 +130,9 @@ def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
     op, use = rows.op, rows.where("")
     if int(use.sum()) < LEAST_ROWS:
         use = np.ones(len(rows.cases), dtype=bool)
-    names = FREE[rows.family[0]]
+    # what no row shows is not fitted: it keeps its plain value
+    windowed = any(case.get("window") for case in rows.cases)
+    names = tuple(n for n in FREE[rows.family[0]] if n != "window" or windowed)
     start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
     shared = Constants(heat=heat) if "sustained" in names else Constants()
     best: tuple[Constants, float] | None = None
@@ -337,7 +339,7 @@ COMMON_SIGMA = 0.05
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
     named = (
-        "tensor", "special", "memory", "sustained", "heat", "depth_half", "split", "variant", "wave", "launch_s", "merge_s",
+        "tensor", "special", "memory", "sustained", "heat", "depth_half", "split", "variant", "wave", "window", "launch_s", "merge_s",
         "power", "sigma", "rows",
     )  # fmt: skip
     plain = Constants()

@@ -31,7 +31,7 @@ class Constants:
     that memory takes at its peak rate.  depth_half: trip count of a tile's inner loop at
     half of the tensor rate.  variant: what the family's second kernel attains of the first.
     split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last
-    wave of tiles costs, in waves.  launch_s: the op's own fixed time on the GPU.  merge_s: what merging one more
+    wave of tiles costs, in waves.  window: what a window's mask adds to a pair, in exponentials.  launch_s: the op's own fixed time on the GPU.  merge_s: what merging one more
     partial result takes.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
     """
 
@@ -44,6 +44,7 @@ class Constants:
     split: float = 1.0
     variant: Fraction = 1.0
     wave: float = 0.0
+    window: float = 0.0
     launch_s: Seconds = 0.0
     merge_s: Seconds = 0.0
     power: int = 0
@@ -188,7 +189,7 @@ def _constants(row: dict[str, object], file: Path) -> Constants:
     for name, value in row.items():
         if name in ("tensor", "special", "memory", "split", "variant"):
             sound = _is_number(value, least=0.0) and value != 0
-        elif name in ("sustained", "heat", "depth_half", "wave", "launch_s", "merge_s", "sigma", "rows"):
+        elif name in ("sustained", "heat", "depth_half", "wave", "window", "launch_s", "merge_s", "sigma", "rows"):
             sound = _is_number(value, least=0.0)
         else:
             sound = {"power": value in _POWERS, "basis": value in BASES}.get(name, True)

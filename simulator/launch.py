@@ -34,6 +34,7 @@ class Launched(NamedTuple):
     `tiles` are independent units of work, `slots` how many run at once, `depth` the trip count of a tile's inner loop.
     `variant` is 1 where a second kernel of the family runs: heads wider than 192, whose tiles crowd the registers; decode whose
     keys need no split.  `splits` are partial results that a further kernel merges one after the other.
+    `windowed` is 1 where a window hides keys at both ends of a tile's sweep.
     """
 
     tensor_flops: Flops
@@ -44,6 +45,7 @@ class Launched(NamedTuple):
     depth: Num
     variant: Num = 0.0
     splits: Num = 1.0
+    windowed: Num = 0.0
 
 
 def launch_gemm(op: Op, gpu: Gpu) -> Launched:
@@ -106,7 +108,10 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     excess = head * (1.0 / (HALF_MISSED * gpu.l2_bytes))
     missed = excess * excess / (1.0 + excess * excess)
     again = tiles * swept * missed
-    return Launched(executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant)
+    return Launched(
+        executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant,
+        windowed=maximum(s["masked"] - 1.0, 0.0),
+    )  # fmt: skip
 
 
 def launch_decode(op: Op, gpu: Gpu) -> Launched:

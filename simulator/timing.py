@@ -94,6 +94,8 @@ class Clock:
             compute = launched.tensor_flops * deep
             if type(launched.exponentials) is not float or launched.exponentials:
                 special = launched.exponentials * (1 / (gpu.sfu_per_s * constants.special))
+                if constants.window:
+                    special = special * (1 + constants.window * launched.windowed)
                 if constants.power:
                     compute = compute + special
                 else:  # perfect overlap
