@@ -26,13 +26,13 @@ Family = tuple[str, str, str]
 class Constants:
     """Constants of one family of ops.
 
-    tensor, special, memory: shares of peak attained at saturation.  sustained: the share of the tensor peak that the board's
-    power limit lets through when work goes on (0: no such limit known; above 1: none that binds).  heat: the share of the power budget
-    that memory takes at its peak rate.  depth_half: trip count of a tile's inner loop at
-    half of the tensor rate.  variant: what the family's second kernel attains of the first.
-    split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last
-    wave of tiles costs, in waves.  window: what a window's mask adds to a pair, in exponentials.  launch_s: the op's own fixed time on the GPU.  merge_s: what merging one more
-    partial result takes.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
+    tensor, special, memory: shares of peak attained at saturation (`special` above 1: exponentials that hide behind products).
+    sustained: the share of the tensor peak that the board's power limit lets through when work goes on (0: no limit known);
+    heat: the share of the power budget that memory takes at its peak rate.  depth_half: trip count of a tile's inner loop at
+    half of the tensor rate.  split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last wave
+    of tiles costs, in waves.  variant: what the family's second kernel attains of the first.  window: what a window's mask adds
+    to a pair, in exponentials.  launch_s: the op's own fixed time on the GPU; merge_s: what merging one more partial result
+    takes.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
     """
 
     tensor: Fraction = 1.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import json
 import math
 import re
 from typing import Any
@@ -132,6 +134,32 @@ def test_a_cache_of_transformers_has_the_bytes_of_its_tensors(row: dict[str, str
     if row["slope_bytes_per_token"] != "-":
         assert spec.slope(BF16_CACHE) == float(row["slope_bytes_per_token"])
         assert spec.constant(BF16_CACHE, TRANSFORMERS) == float(row["fixed_bytes"])
+
+
+@functools.cache
+def measured_layers() -> dict[str, list[tuple[str, dict[str, int]]]]:
+    """Architecture -> (file, bytes by length) of every layer that transformers ran on a CPU, at full widths and few layers."""
+    found: dict[str, list[tuple[str, dict[str, int]]]] = {}
+    with data_path("published", "transformers_caches_by_layer.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["architecture"], []).append((row["file"], json.loads(row["bytes_by_length"])))
+    return found
+
+
+def test_thirty_architectures_were_run() -> None:
+    assert len(measured_layers()) >= 30
+
+
+@pytest.mark.parametrize("architecture", measured_layers())
+def test_a_layer_run_by_transformers_keeps_what_one_of_ours_does(architecture: str) -> None:
+    """Real tensors of models with few layers: at every length the bytes of one of the model's kinds of mixers."""
+    for file, measured in measured_layers()[architecture]:
+        mixers = [layer for _, layer in model(id_of(file)).mixers]
+        ours = [
+            {length: layer.state_bytes(layer.whole((Segment(1.0, 0.0, float(length)),)), BF16_CACHE, TRANSFORMERS) for length in measured}
+            for layer in mixers
+        ]
+        assert measured in ours or not any(measured.values()), (architecture, measured, ours[:4])
 
 
 def test_a_compressed_layer_of_transformers_buffers_what_waits() -> None:
