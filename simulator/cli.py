@@ -192,7 +192,7 @@ def size(
         raise ValueError(message)
     request = Request(context, concurrency, written, prefix_hit)
     found = planner.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
-    known = listed(machine.gpu.name)
+    known = listed(machine.gpu)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": concurrency,
         "output": written, "prefix_hit": prefix_hit, **{f"{k}": v for k, v in degrees.items()},

@@ -312,7 +312,8 @@ def _print_service(plan: Plan, inputs: dict[str, Any], console: Console) -> None
     ]  # fmt: skip
     rows += [[name, show(value, "$"), span(value, "$"), value.basis, ""] for name, value in named if value is not None]
     energy = service.joules_per_output_token
-    rows.append(["J per output token (all GPUs at TDP)", show(energy, "J"), span(energy, ""), energy.basis, ""])
+    if energy is not None:
+        rows.append(["J per output token (all GPUs at TDP)", show(energy, "J"), span(energy, ""), energy.basis, ""])
     _table(console, "Speed and price", ["", "value", "80 % interval", "basis", "what binds"], rows)
     console.print(
         f"  prices assume {_requests(plan)} at a time, {request.output:,} output tokens each, no idle GPUs; "
