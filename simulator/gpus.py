@@ -17,8 +17,13 @@ RATES = ("bf16", "fp8", "fp4", "int8")
 
 def document(inputs: dict[str, Any]) -> dict[str, Any]:
     """The keys of `gpus`; what is not known is null."""
-    mine, known = own(), catalog()
-    return {**_head(inputs, []), "gpus": [_entry(gpu(name), ships=name not in mine) for name in sorted({*mine, *known})]}
+    entries, warnings = [_entry(gpu(name), ships=True) for name in catalog() if name not in own()], []
+    for name in own():
+        try:
+            entries.append(_entry(gpu(name), ships=False))
+        except ValueError as error:
+            warnings.append(str(error))
+    return {**_head(inputs, warnings), "gpus": sorted(entries, key=lambda entry: str(entry["name"]))}
 
 
 def _entry(part: Gpu, *, ships: bool) -> dict[str, Any]:
@@ -39,6 +44,8 @@ def _entry(part: Gpu, *, ships: bool) -> dict[str, Any]:
 
 def print_gpus(told: dict[str, Any], console: Console) -> None:
     """One line per accelerator."""
+    for warning in told["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     rows = []
     for entry in told["gpus"]:
         dollars = entry["price_usd_per_gpu_hour"]["typical"]

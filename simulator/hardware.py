@@ -313,7 +313,7 @@ def _resolve(name: str) -> str | Path:
     """
     spelling = name if isinstance(name, str) else ""
     if spelling.endswith(".toml"):
-        return Path(spelling).expanduser()
+        return Path(spelling)
     key = hardware_file.plain(spelling)
     mine, known = _owned(hardware_file.user_folder()), _spellings()
     if key in mine:

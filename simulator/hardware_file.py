@@ -239,8 +239,9 @@ def _complete(file: Path, found: dict[str, Any]) -> None:
     if "bf16" not in found["datasheet"]:
         message = f"{file}: datasheet.bf16 is missing; write bf16 = '989 TFLOP/s' (dense), or like = 'h100' to start from another GPU"
         raise ValueError(message)
-    if not found["links"]:
-        message = f"{file}: links is missing; write [[links]] with name, kind = 'network' and bytes_per_s, or like = 'h100'"
+    if not any(row["kind"] == "network" or "domain" in row for row in found["links"]):
+        missing = "no link joins GPUs" if found["links"] else "links is missing"
+        message = f"{file}: {missing}; write [[links]] with kind = 'network' and bytes_per_s, or like = 'h100'"
         raise ValueError(message)
     found["figures"].setdefault("gpus_per_node", {"value": 8.0, "source": "the usual host", "date": "undated", "basis": "assumed"})
     for dtype, entry in found["attained"].items():
