@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from simulator.data import data_path
-from simulator.hardware import Gpu
+from simulator.hardware import TIMED, Gpu
 from simulator.hardware import gpu as named
 from simulator.units import Fraction, Seconds
 
@@ -111,6 +111,7 @@ def user_folder() -> Path:
 
 @cache
 def _load(gpu: Gpu) -> Calibration:
+    gpu.need(TIMED, "a time")
     families = dict(_assumed(gpu).families)
     for name, title in ((gpu.name, ""), (gpu.borrows, f"{gpu.name} borrows the shape of ")):
         top: Calibration | None = None
@@ -147,10 +148,11 @@ def carried(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Cons
     what a tile spends beside its products (fetching operands, softmax, write-out) is as long on a slower tensor core.
     sustained' = sustained (W' / P') / (W / P), heat' = heat (B' / W') / (B / W), W the board power, P the tensor peak, B the memory
     rate: the same joules per FLOP and per byte.  Shares of memory and of exponentials, pieces, waves and fixed times are the lender's.
+    A board whose power is not known takes the lender's.
     Neglected: other voltages and memory generations, and instructions that only one of the two has.
     """
     dtype = family[2] if gpu.supports(family[2]) and lender.supports(family[2]) else "bf16"
-    rate, watts = gpu.flops_per_clock[dtype] / lender.flops_per_clock[dtype], gpu.tdp_w / lender.tdp_w
+    rate, watts = gpu.flops_per_clock[dtype] / lender.flops_per_clock[dtype], (gpu.tdp_w or lender.tdp_w) / lender.tdp_w
     return replace(
         constants, tensor=1 / (1 + (1 / constants.tensor - 1) * rate), depth_half=constants.depth_half * rate,
         sustained=constants.sustained * watts * lender.peak_flops_per_s(dtype) / gpu.peak_flops_per_s(dtype),

@@ -57,6 +57,12 @@ def attained() -> Attained:
     return Attained(*({key: float(row["value"]) for key, row in tables[name].items()} for name in Attained._fields))
 
 
+def figure(table: str, prefix: str, architecture: str) -> float:
+    """An architecture's figure; Hopper's where it has none."""
+    rows: dict[str, float] = getattr(attained(), table)
+    return rows.get(prefix + architecture, rows[f"{prefix}hopper"])
+
+
 class Span(NamedTuple):
     """How a group lies on the machine: ranks per node, nodes, whether it leaves the scale-up domain, and the rates."""
 
@@ -76,7 +82,7 @@ def span(group: Group, cluster: Cluster) -> Span:
     n = group.ranks
     first, last = cluster.tiers[0], cluster.tiers[-1]
     payload = attained().payload
-    inner = payload.get(cluster.gpu.architecture if first.kind in ("nvlink", "xgmi") else first.kind, 1.0)
+    inner = figure("payload", "", cluster.gpu.architecture) if first.kind in ("nvlink", "xgmi", "ici") else payload.get(first.kind, 1.0)
     outer = payload.get(last.kind, inner)
     crossing = cluster.tier(n, group.stride)
     outside = crossing.index > 0 if len(cluster.tiers) > 1 else False
@@ -147,7 +153,7 @@ def _port(pattern: str, ranks: float, stride: float, cluster: Cluster, algorithm
         data = minimum(inner * where_.inner_payload, outer * where_.local * where_.outer_payload)
         rate = where(where_.outside, edge, inner)
         full = where(where_.outside, where(where_.local > 1, data, outer * where_.outer_payload), inner * where_.inner_payload)
-    few = attained().peers[cluster.gpu.architecture]
+    few = figure("peers", "", cluster.gpu.architecture)
     full = full * where(where_.outside, 1.0, (n - 1) / maximum(n - 1 + few, 1e-9))
     lanes = [
         lane for lane in _lanes(pattern, group, cluster, where_, rate, maximum(full, 1.0))
@@ -164,7 +170,7 @@ def _lanes(pattern: str, group: Group, cluster: Cluster, lies: Span, rate: Num, 
     inter, steps = _steps(pattern, n, lies)
     ring_base, ring_in, ring_out = (seeds.latency_s[kind]["ring"] for kind in ("base", lies.inner_kind, lies.outer_kind))
     tree_out = seeds.latency_s[lies.outer_kind].get("tree", ring_out)
-    ceiling = figures.rate[f"ll_{cluster.gpu.architecture}"]
+    ceiling = figure("rate", "ll_", cluster.gpu.architecture)
     for protocol in ("ll", "ll128", "simple"):
         # with one rank a node the network's latency is exposed: NCCL takes the tree's
         out = where(lies.local > 1, ring_out[protocol], tree_out[protocol])
@@ -199,7 +205,7 @@ def _lanes(pattern: str, group: Group, cluster: Cluster, lies: Span, rate: Num, 
     # one rank a node has no switch to reduce in
     unusable = where(lies.local > 1, 0.0, np.inf)
     # every rank reduces its own n-th of the tensor: the more ranks, the smaller the pieces that must fill its pipeline
-    fill = figures.ramp[f"nvls_fill_s_per_rank_{cluster.gpu.architecture}"] * lies.local
+    fill = figure("ramp", "nvls_fill_s_per_rank_", cluster.gpu.architecture) * lies.local
     yield from _ramped("nvls", latency + unusable, scale, figures, fill)
 
 

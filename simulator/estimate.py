@@ -132,10 +132,10 @@ class Estimate:
             resource = binding_resource(clock, row.op)
             by[resource] = by.get(resource, 0.0) + total(row.seconds)
         most, whole = max(by, key=by.__getitem__), sum(by.values())
-        return f"{_RESOURCE_NAMES[most]} ({by[most] / whole:.0%} of the time)" if whole else "nothing"
+        return f"{RESOURCE_NAMES[most]} ({by[most] / whole:.0%} of the time)" if whole else "nothing"
 
 
-_RESOURCE_NAMES = {
+RESOURCE_NAMES = {
     "tensor": "tensor cores", "vector": "vector units", "special": "exponentials", "hbm": "HBM bandwidth",
     "link": "links", "host": "host", "launch": "kernel launches",
 }  # fmt: skip
@@ -406,4 +406,4 @@ def _keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 29)
 
 
-__all__ = ["Bare", "Count", "Engine", "Estimate", "Interval", "bare", "binding_resource", "check", "estimate", "interval", "sweep"]
+__all__ = ["RESOURCE_NAMES", "Bare", "Count", "Engine", "Estimate", "Interval", "bare", "binding_resource", "check", "estimate", "interval", "sweep"]

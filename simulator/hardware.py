@@ -3,8 +3,9 @@
     peak FLOP/s = units x FLOP per clock per unit x maximum clock
 
 The maximum clock makes the peak a bound; the datasheet rate (boost clock) and the best measured product (`attained`)
-stand beside it.  FLOP/s are dense, link rates one direction per GPU, capacity is what the driver reports.  The source
-of each figure is in `Gpu.sources`.  Message latencies are NCCL's own seeds (`data/hardware/links.toml`).
+stand beside it.  Where no clock is known the datasheet's rate stands for the peak.  FLOP/s are dense, link rates one
+direction per GPU, capacity is what the driver reports.  The source of each figure is in `Gpu.sources`.  Message latencies
+are NCCL's own seeds (`data/hardware/links.toml`).  A user's own GPUs are read by `simulator.hardware_file`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from simulator import hardware_file
 from simulator.data import data_path
 from simulator.units import (
     Bytes,
@@ -38,6 +41,8 @@ from simulator.units import (
 )
 
 MAX_GPUS = 1_000_000
+#: What the time of an op needs to know of a GPU.
+TIMED = ("units", "max_clock_hz", "sfu_per_clock", "hbm_bytes_per_s", "l2_bytes")
 FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16"}
 """The type a product runs in on a GPU that lacks the rate of its own type."""
 
@@ -67,7 +72,7 @@ class Link:
 class Gpu:
     """One accelerator.  Figures "per unit" are per SM (NVIDIA) or CU (AMD).
 
-    `usable_bytes` is what the framework offers of `capacity_bytes` (torch `total_memory`), or the capacity where that
+    A figure of 0 is not known; `need` says so where it is needed.  `usable_bytes` is what the framework offers of `capacity_bytes` (torch `total_memory`), or the capacity where that
     is unknown.  `l2_bytes` is the last cache before HBM.  `gpus_per_node` counts the GPUs of one host, which may be
     fewer than its scale-up domain.  `attained` holds the best matrix products measured, in FLOP/s by dtype;
     `sustained_clock_hz` the clock under long products at the power cap, None where unknown.  `borrows` names the GPU whose
@@ -97,6 +102,27 @@ class Gpu:
     attained: Mapping[str, float] = field(hash=False)
     sources: Mapping[str, str] = field(hash=False, repr=False)
     borrows: str = ""
+    price_usd_per_gpu_hour: float | None = None
+
+    def unknown(self, figures: Sequence[str]) -> list[str]:
+        """Which of `figures` are not known."""
+        return [name for name in figures if not getattr(self, name)]
+
+    def need(self, figures: Sequence[str], what: str) -> None:
+        """Refuse to answer `what` where one of `figures` is not known.
+
+        >>> gpu("tpu_v5e").need(["l2_bytes"], "a time")
+        Traceback (most recent call last):
+        ValueError: gpu tpu_v5e: l2_bytes not known, which a time needs; give it in a file of your own, --gpu my.toml with like = 'tpu_v5e'
+        """
+        unknown = self.unknown(figures)
+        if unknown:
+            it = "it" if len(unknown) == 1 else "them"
+            message = (
+                f"gpu {self.name}: {', '.join(unknown)} not known, which {what} needs; "
+                f"give {it} in a file of your own, --gpu my.toml with like = {self.name!r}"
+            )
+            raise ValueError(message)
 
     @property
     def vector_flops_per_clock(self) -> float:
@@ -110,12 +136,12 @@ class Gpu:
 
     @property
     def host_bytes_per_s(self) -> BytesPerSecond:
-        """Bytes per second to host memory, one direction."""
-        return next(link.bytes_per_s for link in self.links if link.kind in ("pcie", "c2c"))
+        """Bytes per second to host memory, one direction; 0 where not known."""
+        return next((link.bytes_per_s for link in self.links if link.kind in ("pcie", "c2c")), 0.0)
 
     def supports(self, dtype: str) -> bool:
         """Whether the GPU multiplies `dtype` at a rate of its own."""
-        return dtype in self.flops_per_clock
+        return dtype in self.datasheet
 
     def runs_as(self, dtype: str) -> str:
         """The type a product of `dtype` runs in: itself, or the next wider one the GPU has.
@@ -124,23 +150,27 @@ class Gpu:
         'bf16'
         """
         candidate = dtype
-        while candidate not in self.flops_per_clock:
+        while candidate not in self.datasheet:
             if candidate not in FALLBACK:
                 message = (
                     f"dtype {dtype!r}: no multiplication rate on {self.name}; "
-                    f"use one of {', '.join(sorted({*self.flops_per_clock, *FALLBACK}))}"
+                    f"use one of {', '.join(sorted({*self.datasheet, *FALLBACK}))}"
                 )
                 raise ValueError(message)
             candidate = FALLBACK[candidate]
         return candidate
 
     def peak_flops_per_s(self, dtype: str) -> FlopsPerSecond:
-        """Units x FLOP per clock per unit x maximum clock, in FLOP/s: no product is faster.
+        """Units x FLOP per clock per unit x maximum clock, in FLOP/s: no product is faster.  The datasheet's rate where no
+        clock is known.
 
         >>> round(gpu("h200").peak_flops_per_s("bf16") / 1e12, 1)
         1070.5
         """
-        return self.units * self.flops_per_clock[self.runs_as(dtype)] * self.max_clock_hz
+        kind = self.runs_as(dtype)
+        if kind not in self.flops_per_clock:
+            return self.datasheet[kind]
+        return self.units * self.flops_per_clock[kind] * self.max_clock_hz
 
     def datasheet_flops_per_s(self, dtype: str) -> FlopsPerSecond:
         """The vendor's dense rate in FLOP/s, quoted at the boost clock."""
@@ -172,6 +202,10 @@ class Cluster:
             raise ValueError(message)  # noqa: TRY004 - bad input is a ValueError throughout
         if not 1 <= self.gpus <= MAX_GPUS:
             message = f"gpus {self.gpus}: must be between 1 and {MAX_GPUS:,}; {self.gpu.gpus_per_node} fill one node"
+            raise ValueError(message)
+        widest = max((link.domain for link in self.tiers), default=1)
+        if self.gpus > widest:
+            message = f"gpus {self.gpus}: the links of {self.gpu.name} join {widest} and its network is not known; use at most {widest}"
             raise ValueError(message)
 
     @property
@@ -239,7 +273,8 @@ def gpu(name: str) -> Gpu:
     >>> gpu("h200").name
     'h200_sxm'
     """
-    return _load(_resolve(name))
+    found = _resolve(name)
+    return _own(found) if isinstance(found, Path) else _load(found)
 
 
 def cluster(name: str | Gpu, gpus: int = 1) -> Cluster:
@@ -249,34 +284,52 @@ def cluster(name: str | Gpu, gpus: int = 1) -> Cluster:
     18
     """
     part = name if isinstance(name, Gpu) else gpu(name)
-    cost = _prices().get(part.name)
+    cost = price(part)
     tiers = tuple(link for link in part.links if link.domain > 1)
     return Cluster(part, gpus, tiers, cost.typical if cost else None)
 
 
 def catalog() -> tuple[str, ...]:
-    """The names of all GPUs known."""
+    """The names of all GPUs that ship with the tool."""
     return tuple(sorted(set(_spellings().values())))
 
 
-def price(gpu_name: str) -> Price | None:
+def own() -> tuple[str, ...]:
+    """The names of the GPUs in the user's folder."""
+    return tuple(sorted({hardware_file.plain(file.stem) for file in _owned(hardware_file.user_folder()).values()}))
+
+
+def price(part: str | Gpu) -> Price | None:
     """What an hour of one GPU costs, or None where no price was found."""
-    return _prices().get(_resolve(gpu_name))
+    part = gpu(part) if isinstance(part, str) else part
+    if part.price_usd_per_gpu_hour is not None:
+        return Price(None, part.price_usd_per_gpu_hour, None, {"typical": f"the file of {part.name}"})
+    return _prices().get(part.name)
 
 
-def _resolve(name: str) -> str:
+def _resolve(name: str) -> str | Path:
+    """The file name of a shipped GPU, or the path of a user's own: a file that is named, else one of the folder, which
+    comes before a shipped GPU of the same name.
+    """
     spelling = name if isinstance(name, str) else ""
-    key = spelling.strip().lower().replace("-", "_").replace(" ", "_")
-    for maker in ("nvidia_", "amd_", "instinct_"):
-        key = key.removeprefix(maker)
-    known = _spellings()
+    if spelling.endswith(".toml"):
+        return Path(spelling)
+    key = hardware_file.plain(spelling)
+    mine, known = _owned(hardware_file.user_folder()), _spellings()
+    if key in mine:
+        return mine[key]
     if key in known:
         return known[key]
-    shortest = sorted(min((s for s in known if known[s] == stem), key=len) for stem in catalog())
+    shortest = sorted([*(min((s for s in known if known[s] == stem), key=len) for stem in catalog()), *own()])
     near = difflib.get_close_matches(key, shortest, n=2, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    message = f"gpu {name!r}: not in the catalog; {hint}known: {', '.join(shortest)}"
+    message = f"gpu {name!r}: not in the catalog; {hint}known: {', '.join(shortest)}, or a TOML file"
     raise ValueError(message)
+
+
+@cache
+def _owned(folder: Path) -> dict[str, Path]:
+    return hardware_file.owned(folder)
 
 
 @cache
@@ -328,7 +381,22 @@ def _prices() -> dict[str, Price]:
 
 @cache
 def _load(stem: str) -> Gpu:
-    data = _read("hardware", f"{stem}.toml")
+    return _made(_read("hardware", f"{stem}.toml"))
+
+
+@cache
+def _own(file: Path) -> Gpu:
+    def shipped(name: str) -> dict[str, Any]:
+        found = _resolve(name)
+        if isinstance(found, Path):
+            message = "must be a GPU that longctx gpus lists, not a file"
+            raise ValueError(message)  # noqa: TRY004 (a user's mistake)
+        return _read("hardware", f"{found}.toml")
+
+    return _made(hardware_file.read(file, shipped, link_seeds().latency_s.keys() - {"base"}))
+
+
+def _made(data: Mapping[str, Any]) -> Gpu:
     rates = {name: data[name] for name in ("flops_per_clock", "datasheet", "attained")}
     sources = _cite(data["figures"])
     for name, table in rates.items():
@@ -338,13 +406,17 @@ def _load(stem: str) -> Gpu:
         quoted = {key: entry for key, entry in row.items() if isinstance(entry, dict)}
         sources |= _cite(quoted, f"links.{row['name']}.")
         links.append(_link(row["name"], row["kind"], _values(quoted)))
-    figures: dict[str, Any] = {"sustained_clock_hz": None, "shared_memory_bytes_per_unit": None}
-    figures |= _values(data["figures"])
+    figures: dict[str, Any] = dict.fromkeys(_MAY_BE_UNKNOWN, 0.0)
+    figures |= {"sustained_clock_hz": None, "shared_memory_bytes_per_unit": None, **_values(data["figures"])}
     figures.setdefault("usable_bytes", figures["capacity_bytes"])
     figures["gpus_per_node"] = int(figures["gpus_per_node"])
     identity = {key: data.get(key, "") for key in ("name", "title", "vendor", "architecture", "compute_capability", "borrows")}
     tables: dict[str, Any] = {name: _values(table) for name, table in rates.items()}
-    return Gpu(**identity, **figures, **tables, links=tuple(links), sources=sources)
+    price_usd = data.get("price_usd_per_gpu_hour")
+    return Gpu(**identity, **figures, **tables, links=tuple(links), sources=sources, price_usd_per_gpu_hour=price_usd)
+
+
+_MAY_BE_UNKNOWN = ("units", "max_clock_hz", "boost_clock_hz", "sfu_per_clock", "hbm_bytes_per_s", "l2_bytes", "tdp_w")
 
 
 def _link(name: str, kind: str, figures: Mapping[str, float]) -> Link:

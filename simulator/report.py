@@ -312,7 +312,8 @@ def _print_service(plan: Plan, inputs: dict[str, Any], console: Console) -> None
     ]  # fmt: skip
     rows += [[name, show(value, "$"), span(value, "$"), value.basis, ""] for name, value in named if value is not None]
     energy = service.joules_per_output_token
-    rows.append(["J per output token (all GPUs at TDP)", show(energy, "J"), span(energy, ""), energy.basis, ""])
+    if energy is not None:
+        rows.append(["J per output token (all GPUs at TDP)", show(energy, "J"), span(energy, ""), energy.basis, ""])
     _table(console, "Speed and price", ["", "value", "80 % interval", "basis", "what binds"], rows)
     console.print(
         f"  prices assume {_requests(plan)} at a time, {request.output:,} output tokens each, no idle GPUs; "
@@ -427,17 +428,22 @@ def kv_document(
 ) -> dict[str, Any]:
     """The keys of `kv`; `engines` as every engine answers."""
     slope, total = float(model.cache_slope(float(context))), float(model.cache_bytes(float(context)))
+    return {
+        **_head(inputs, [*model.warnings, *warnings]), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
+        "bytes_per_sequence": total, "layers": cache_layers(model, float(context)), "engines": engines,
+    }  # fmt: skip
+
+
+def cache_layers(model: ModelSpec, context: float) -> list[dict[str, Any]]:
+    """What each kind of layer keeps of one sequence."""
     layers = []
     for count, layer, item in model.rows():
-        stored, held = float(item.rows(float(context))), float(item.bytes(float(context), model.cache))
+        stored, held = float(item.rows(context)), float(item.bytes(context, model.cache))
         layers.append({
             "count": count, "kind": _mixer_name(layer), "keeps": _KEEPS[item.keep], "row_bytes": held / stored if stored else 0.0,
             "stored_tokens": stored, "bytes_per_sequence": count * held,
         })  # fmt: skip
-    return {
-        **_head(inputs, [*model.warnings, *warnings]), "bytes_per_token": slope, "fixed_bytes": total - slope * context,
-        "bytes_per_sequence": total, "layers": layers, "engines": engines,
-    }  # fmt: skip
+    return layers
 
 
 def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: Console) -> None:

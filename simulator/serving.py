@@ -90,8 +90,8 @@ class Service:
     usd_per_million_cached: Interval | None
     usd_per_million_output: Interval | None
     usd_per_request: Interval | None
-    joules_per_output_token: Interval
-    joules_per_input_token: Interval
+    joules_per_output_token: Interval | None
+    joules_per_input_token: Interval | None
 
 
 def serve(
@@ -102,7 +102,7 @@ def serve(
 
     $ per million tokens = price x GPUs / 3600 x seconds x 1e6 / tokens (FORMULAS 7.7): input by the cold prefill,
     output by the decode step at the asked concurrency, cached by what a cached prefix adds to prefilling the rest.
-    Energy is a bound: every GPU at its TDP.
+    Energy is a bound: every GPU at its TDP; none where that is not known.
     """
     block = engine.block_tokens(model, cluster.gpu)
     cached = request.cached(block)
@@ -126,6 +126,7 @@ def serve(
     def dollars(seconds: Interval) -> Interval | None:
         return None if per_second is None else seconds.scaled(per_second * 1e6)
 
+    watts = float(cluster.gpu.tdp_w)
     request_seconds = cold.seconds.scaled(replica).plus(output_seconds.scaled(request.output))
     return Service(
         cold=cold, hit=hit, decode=decode, cached_tokens=cached,
@@ -133,6 +134,6 @@ def serve(
         usd_per_million_input=dollars(input_seconds), usd_per_million_cached=dollars(cached_seconds),
         usd_per_million_output=dollars(output_seconds),
         usd_per_request=None if per_second is None else request_seconds.scaled(per_second),
-        joules_per_output_token=output_seconds.scaled(float(cluster.gpu.tdp_w)),
-        joules_per_input_token=input_seconds.scaled(float(cluster.gpu.tdp_w)),
+        joules_per_output_token=output_seconds.scaled(watts) if watts else None,
+        joules_per_input_token=input_seconds.scaled(watts) if watts else None,
     )  # fmt: skip

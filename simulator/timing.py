@@ -18,7 +18,7 @@ import numpy as np
 
 from simulator.calibration import Calibration
 from simulator.collectives import Port, carry, port
-from simulator.hardware import Cluster
+from simulator.hardware import TIMED, Cluster
 from simulator.launch import fills, launch
 from simulator.units import Num, Seconds, maximum, minimum, raise_to, root, where
 from simulator.work import Demands, Group, Leaf, Message, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
@@ -28,6 +28,7 @@ class Clock:
     """Turns ops into seconds on one cluster under one calibration.  Ports are worked out once per group."""
 
     def __init__(self, cluster: Cluster, calibration: Calibration) -> None:
+        cluster.gpu.need(TIMED, "a time")
         self.cluster, self.gpu, self.calibration = cluster, cluster.gpu, calibration
         self._ports: dict[tuple[object, ...], tuple[Group, Port]] = {}
         self._peaks: dict[str, float] = {}

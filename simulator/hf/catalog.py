@@ -16,7 +16,7 @@ from simulator.stack import SUFFIXES, read_stack
 
 def load_model(source: str | Path | Config) -> ModelSpec:
     """A model from a catalog id (short forms work when unambiguous), a config.json, its folder, a file that lists layers
-    (stack.toml, .json, .yaml), or a dict.
+    (stack.toml, .json, .yaml), a dict, or the id of another model of the Hugging Face hub, whose config.json is fetched.
     """
     if isinstance(source, Mapping):
         name = str(source.get("_name_or_path") or source.get("name") or source.get("model_type") or "model")
@@ -33,8 +33,25 @@ def load_model(source: str | Path | Config) -> ModelSpec:
             return read_stack(SUFFIXES[file.suffix](file), name)
         config = parse(file)
         return read_stack(config, name) if "blocks" in config else read_config(config, name)
-    identifier = find(text)
+    try:
+        identifier = find(text)
+    except ValueError as unknown:
+        return _from_hub(text.strip(), unknown)
     return read_config(parse(data_path("models", identifier.replace("/", "--") + ".json")), identifier)
+
+
+def _from_hub(text: str, unknown: ValueError) -> ModelSpec:
+    """A model that does not ship, by its hub id; what was wrong with the name where it has not the form of one."""
+    from simulator.hf import hub  # noqa: PLC0415 (known models need no network)
+
+    if not hub.is_id(text) or "several match" in str(unknown):
+        raise unknown
+    try:
+        config = hub.fetched(text)
+    except hub.Unreachable as reason:
+        message = f"{unknown} ({reason})"
+        raise ValueError(message) from reason
+    return read_config(config, text)
 
 
 def _path(text: str) -> Path | None:

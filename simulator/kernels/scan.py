@@ -94,14 +94,17 @@ def recurrent(
     any_tokens = where(segment.new_tokens > 0, 1.0, 0.0)
     useful = tokens * step_flops
     shape = {"sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "chunk": float(chunk), "d_k": float(d_k), "d_v": float(d_v)}
+    shape |= {"token_bytes": (inputs + outputs) * dtype.bytes, "state_bytes": state * state_dtype.bytes}
     if segment.split_kv:
         moved = io_bytes + 2.0 * kept * any_tokens
+        shape["token_flops"] = step_flops
         return Op(
             name, "recurrent_step", impl, FP32.name, tensor_flops=useful, model_flops=useful, hbm_bytes=moved, shape=shape,
             aside=lambda: Aside(useful, io_bytes),
         )  # fmt: skip
     passed = ceil(segment.new_tokens / chunk) * kept
     executed = tokens * chunk_flops
+    shape["token_flops"] = chunk_flops
     if not backward:
         return Op(
             name, "chunk_scan", impl, dtype.name, tensor_flops=executed, model_flops=useful,
@@ -109,7 +112,7 @@ def recurrent(
         )  # fmt: skip
     return Op(
         name, "chunk_scan", impl, dtype.name, tensor_flops=2.5 * executed, model_flops=2 * useful,
-        hbm_bytes=2.0 * io_bytes + 4.0 * passed, shape=shape, aside=lambda: Aside(tokens * state * (6.0 / chunk), 2 * io_bytes, -io_bytes),
+        hbm_bytes=2.0 * io_bytes + 4.0 * passed, shape={**shape, "backward": 1.0}, aside=lambda: Aside(tokens * state * (6.0 / chunk), 2 * io_bytes, -io_bytes),
     )  # fmt: skip
 
 
@@ -140,7 +143,8 @@ def selective_scan(
         name, "selective_scan", "decode" if segment.split_kv else "prefill", FP32.name, tensor_flops=flops * times,
         exponentials=tokens * (channels * float(state)), model_flops=flops * (2.0 if backward else 1.0),
         hbm_bytes=moved * (2.0 if backward else 1.0) + kept,
-        shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "channels": channels, "state": float(state)},
+        shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "channels": channels, "state": float(state),
+               "element_bytes": dtype.bytes, "state_element_bytes": state_dtype.bytes, **({"backward": 1.0} if backward else {})},
         aside=lambda: Aside(flops * times, moved, -moved if backward else moved),
     )  # fmt: skip
 
@@ -153,19 +157,20 @@ def long_convolution(name: str, segment: Segment, *, channels: Num, state: int, 
     convolved again: the convolution has no state to start from.  Source: 2111.00396 sections 2.4, 3; definition of the FFT.
     """
     io_bytes = segment.tokens * (channels * (2.0 * BF16.bytes))
+    shape: dict[str, Num] = {"sequences": segment.sequences, "tokens": segment.new_tokens, "channels": channels, "state": float(state)}
     if segment.split_kv:
         flops = segment.tokens * (channels * (8.0 * state))
         moved = io_bytes + segment.sequences * (channels * (2.0 * state * FP32.bytes)) * where(segment.new_tokens > 0, 1.0, 0.0)
     else:
         points = 2.0 * segment.context
+        shape |= {"points": points, "prefix": segment.mean_prefix}
         one = 2.0 * 5.0 * points * log2(maximum(points, 1.0)) + (6.0 + state) * points
         flops = segment.sequences * (channels * one) * where(segment.new_tokens > 0, 1.0, 0.0)
         moved = io_bytes + segment.sequences * (channels * (segment.mean_prefix * BF16.bytes))
     times = 2.0 if backward else 1.0
     return Op(
         name, "long_convolution", "", FP32.name, tensor_flops=flops * times, model_flops=flops * times, hbm_bytes=moved * times,
-        shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "channels": channels},
-        aside=lambda: Aside(flops * times, moved * times),
+        shape={**shape, "passes": times}, aside=lambda: Aside(flops * times, moved * times),
     )  # fmt: skip
 
 

@@ -303,9 +303,9 @@ def sparse_attention(
     shape = {
         "sequences": segment.sequences, "tokens": segment.new_tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
         "v_head_dim": v_head_dim, "scores": scores, "keys": keys, "live": segment.sequences * live, "row_bytes": row_bytes,
-        "gathered": gathered, "masked": 1.0,
+        "gathered": gathered, "masked": 1.0, "index_bytes": minimum(index_bytes, 4.0 * tokens * keys),
     }  # fmt: skip
-    moved = io_bytes + segment.sequences * live * row_bytes + minimum(index_bytes, 4.0 * tokens * keys)
+    moved = io_bytes + segment.sequences * live * row_bytes + shape["index_bytes"]
 
     def saved() -> Bytes:
         return io_bytes + tokens * (kv_heads * ((head_dim + (0 if shared_kv else v_head_dim)) * dtype.bytes) + 4.0 * heads)
@@ -321,7 +321,7 @@ def sparse_attention(
         name, "sparse_attention", "backward", dtype.name, tensor_flops=scores * (2.0 * (3 * head_dim + 2 * v_head_dim)),
         exponentials=scores, model_flops=2 * forward,
         hbm_bytes=moved + io_bytes + tokens * heads * (v_head_dim * dtype.bytes + 4.0) + segment.sequences * live * row_bytes,
-        shape=shape, aside=lambda: Aside(scores * 8.0, 2 * io_bytes, -saved()),
+        shape={**shape, "backward": 1.0}, aside=lambda: Aside(scores * 8.0, 2 * io_bytes, -saved()),
     )  # fmt: skip
 
 
@@ -355,6 +355,7 @@ def index_scores(
     return Op(
         name, "index_scores", "", dtype.name, tensor_flops=flops, model_flops=flops, hbm_bytes=moved,
         shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "keys": seen.keys, "scored": scored,
-               "heads": heads * 1.0, "head_dim": float(head_dim)},
+               "heads": heads * 1.0, "head_dim": float(head_dim), "live": segment.sequences * seen.live, "row_bytes": cache.row_bytes(row),
+               "passes": times},
         aside=lambda: Aside(scored * (heads * (2.0 * times)), minimum(segment.tokens * seen.keys * 4.0, LOGITS_BYTES)),
     )  # fmt: skip

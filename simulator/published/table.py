@@ -12,7 +12,7 @@ from typing import NoReturn
 from simulator.calibration import Calibration
 from simulator.data import data_path
 from simulator.estimate import Interval
-from simulator.hardware import Cluster, cluster
+from simulator.hardware import TIMED, Cluster, cluster
 from simulator.hf import load_model
 from simulator.model import ModelSpec
 
@@ -145,10 +145,15 @@ def machine(row: Measurement, gpus: int | None = None) -> Cluster:
     name = next((ours for pattern, ours in _GPUS if re.search(pattern, row.hardware, re.IGNORECASE)), row.hardware)
     count = gpus if gpus is not None else int(row.n_gpus or 1)
     try:
-        return cluster(name, count)
+        found = cluster(name, count)
     except ValueError:
         message = f"GPU {name} is not in the catalog"
         raise NotComparableError(message) from None
+    unknown = found.gpu.unknown(TIMED)
+    if unknown:
+        message = f"GPU {name}: {', '.join(unknown)} not known"
+        raise NotComparableError(message)
+    return found
 
 
 #: What their authors call a model, where the catalog's own search would not find it or would find another.

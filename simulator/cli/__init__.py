@@ -55,7 +55,7 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 machine_options = _options(
-    click.option("--gpu", default="h200", show_default=True, help="GPU name: h200, h100, b200, gb200, a100, mi300x."),
+    click.option("--gpu", default="h200", show_default=True, help="GPU: a name that longctx gpus lists (h200, b200, mi300x, ...), or a TOML file."),
     click.option("--gpus", type=POSITIVE, default=None, help="Number of GPUs (default: the product of the degrees given, else 1)."),
 )
 layout_options = _options(
@@ -78,9 +78,22 @@ engine_options = _options(
     click.option("--memory-fraction", type=Share(0.05, 1.0), default=None, help="gpu_memory_utilization (default 0.92)."),
     click.option("--chunk", type=TOKENS, default=None, help="max_num_batched_tokens (default: the engine's for the GPU)."),
 )
+phase_options = _options(
+    click.option("--phase", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True),
+    click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of each sequence at the end of the phase."),
+    click.option("--batch", type=POSITIVE, default=1, show_default=True, help="Sequences."),
+    click.option("--prefix", type=TOKENS, default=None, help="Tokens already cached (prefill; default: none)."),
+    click.option("--chunk", type=TOKENS, default=None, help="New tokens per step (prefill; default: all at once)."),
+    click.option("--engine", type=click.Choice(["vllm"]), default=None, help="Add the engine's host work; without it, none is added."),
+)
+csv_option = click.option("--csv", "csv_file", type=click.Path(dir_okay=False), default=None, help="Write the table here, one row a line.")
 output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
 )
+
+
+#: Verbs in files of their own, loaded when they are asked for.
+LATER = {"explain": "explain", "diff": "explain", "gpus": "gpus"}
 
 
 class Verbs(click.Group):
@@ -90,11 +103,15 @@ class Verbs(click.Group):
         """All names."""
         from importlib.metadata import entry_points
 
-        return sorted({*super().list_commands(ctx), *(point.name for point in entry_points(group="longctx.verbs"))})
+        return sorted({*super().list_commands(ctx), *LATER, *(point.name for point in entry_points(group="longctx.verbs"))})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """One of ours, else one that is added."""
         found = super().get_command(ctx, cmd_name)
+        if found is None and cmd_name in LATER:
+            from importlib import import_module
+
+            found = getattr(import_module(f"simulator.cli.{LATER[cmd_name]}"), cmd_name)
         if found is None:
             from importlib.metadata import entry_points
 
@@ -170,15 +187,16 @@ def _machine(gpu: str, gpus: int | None, degrees: dict[str, int]) -> Any:
 @engine_options
 @click.option("--price", type=Share(0, 10_000), default=None, help="US dollars per GPU-hour (default: data/prices.toml).")
 @click.option("--exit-zero", is_flag=True, help="Exit 0 even if it does not fit.")
+@click.option("--output-dir", type=click.Path(file_okay=False), default=None, help="Write result.json, layouts.csv and launch.sh here.")
 @output_options
 def size(
     model: str, gpu: str, gpus: int | None, context: int, concurrency: int, output: int | None, prefix_hit: float,
     tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
     weights: str | None, cache: str | None, block_size: int | None, memory_fraction: float | None, chunk: int | None,
-    price: float | None, exit_zero: bool, as_json: bool,
+    price: float | None, exit_zero: bool, output_dir: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
-    from simulator import planner, report, tables
+    from simulator import export, planner, report, tables
     from simulator.engines import Vllm
     from simulator.hardware import price as listed
     from simulator.serving import Request
@@ -192,7 +210,7 @@ def size(
         raise ValueError(message)
     request = Request(context, concurrency, written, prefix_hit)
     found = planner.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
-    known = listed(machine.gpu.name)
+    known = listed(machine.gpu)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": concurrency,
         "output": written, "prefix_hit": prefix_hit, **{f"{k}": v for k, v in degrees.items()},
@@ -202,9 +220,12 @@ def size(
         "price_usd_per_gpu_hour": price if price is not None else machine.price_usd_per_gpu_hour,
         "price_source": "given" if price is not None else (known.sources.get("typical") if known else None),
     }  # fmt: skip
+    if as_json or output_dir is not None:
+        document = report.size_document(found, inputs, tables.engines(spec, found.best.layout, machine, context, [engine]))
+    if output_dir is not None:
+        export.write_size(output_dir, report.emit(document), document)
     if as_json:
-        held = tables.engines(spec, found.best.layout, machine, context, [engine])
-        click.echo(report.emit(report.size_document(found, inputs, held)))
+        click.echo(report.emit(document))
     else:
         report.print_size(found, inputs, _console())
     return 0 if found.fits or exit_zero else EXIT_DOES_NOT_FIT
@@ -252,10 +273,11 @@ def kv(
 @main.command()
 @click.option("--sort", type=click.Choice(["name", "parameters", "active", "bytes_per_token", "cache", "declared"]), default="name", show_default=True)
 @click.option("--match", default="", help="Only models whose id contains this.")
+@csv_option
 @output_options
-def models(sort: str, match: str, as_json: bool) -> None:
+def models(sort: str, match: str, csv_file: str | None, as_json: bool) -> None:
     """The models of the catalog: size, mixers, cache, and how far each reads."""
-    from simulator import report, tables
+    from simulator import export, report, tables
     from simulator.compare import quantities
     from simulator.hf import catalog, load_model
 
@@ -265,6 +287,8 @@ def models(sort: str, match: str, as_json: bool) -> None:
         raise ValueError(message)
     found = [(quantities(spec, 2**20), float(spec.cache_bytes(2.0**17))) for spec in map(load_model, names)]
     document = tables.models_document(found, sort, {"sort": sort, "match": match})
+    if csv_file is not None:
+        export.write_csv(csv_file, document["models"])
     if as_json:
         click.echo(report.emit(document))
     else:
@@ -285,14 +309,15 @@ def models(sort: str, match: str, as_json: bool) -> None:
 @click.option("--rope", type=click.IntRange(0, 4096), default=64, show_default=True, help="Rotary part of its MLA.")
 @click.option("--layers", type=POSITIVE, default=61, show_default=True, help="Layers of the twin.")
 @format_options
+@csv_option
 @output_options
 def compare(
     names: tuple[str, ...], context: int, gpu: str | None, gpus: int, concurrency: int, head_types: bool, heads: int, head_dim: int,
-    kv_heads: int, latent: int, rope: int, layers: int, weights: str | None, cache: str | None, as_json: bool,
+    kv_heads: int, latent: int, rope: int, layers: int, weights: str | None, cache: str | None, csv_file: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """The same request across MODELs, or (--head-types) across ways to share keys and values."""
     from simulator import compare as comparing
-    from simulator import planner, report, tables
+    from simulator import export, planner, report, tables
     from simulator.dtypes import cache_format
     from simulator.hardware import cluster
     from simulator.serving import Request
@@ -304,6 +329,8 @@ def compare(
         stored = cache_format(cache or "bf16")
         twin = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads, "latent": latent, "rope": rope, "layers": layers, "context": context}
         document = tables.head_types_document(comparing.head_types(**twin, cache=stored), {**twin, "cache": stored.name})
+        if csv_file is not None:
+            export.write_csv(csv_file, document["head_types"])
         if as_json:
             click.echo(report.emit(document))
         else:
@@ -320,6 +347,8 @@ def compare(
         "concurrency": concurrency if gpu else None, "output": request.output if gpu else None, "weights": weights, "cache": cache,
     }  # fmt: skip
     document = tables.compare_document(found, plans, inputs)
+    if csv_file is not None:
+        export.write_csv(csv_file, document["models"])
     if as_json:
         click.echo(report.emit(document))
     else:
@@ -329,22 +358,30 @@ def compare(
 @main.command()
 @click.argument("model")
 @machine_options
-@click.option("--phase", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
-@click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of each sequence at the end of the phase.")
-@click.option("--batch", type=POSITIVE, default=1, show_default=True, help="Sequences.")
-@click.option("--prefix", type=TOKENS, default=None, help="Tokens already cached (prefill; default: none).")
-@click.option("--chunk", type=TOKENS, default=None, help="New tokens per step (prefill; default: all at once).")
-@click.option("--engine", type=click.Choice(["vllm"]), default=None, help="Add the engine's host work; without it, none is added.")
+@phase_options
 @layout_options
 @format_options
+@csv_option
 @output_options
-def estimate(
-    model: str, gpu: str, gpus: int | None, phase: str, context: int, batch: int, prefix: int | None, chunk: int | None, engine: str | None,
-    tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
-    weights: str | None, cache: str | None, as_json: bool,
-) -> None:  # fmt: skip
+def estimate(csv_file: str | None, as_json: bool, **asked: Any) -> None:
     """How long one phase of MODEL takes on one layout, op by op."""
-    from simulator import report
+    from simulator import export, report
+
+    found, inputs, told = _estimated(**asked)
+    document = report.estimate_document(found, inputs, told)
+    if csv_file is not None:
+        export.write_csv(csv_file, document["rows"])
+    if as_json:
+        click.echo(report.emit(document))
+    else:
+        report.print_estimate(document, found, _console())
+
+
+def _estimated(
+    *, model: str, gpu: str, gpus: int | None, phase: str, context: int, batch: int, prefix: int | None, chunk: int | None,
+    engine: str | None, weights: str | None, cache: str | None, **degree: int | None,
+) -> tuple[Any, dict[str, Any], list[str]]:  # fmt: skip
+    """The estimate that the options of a phase ask for, its inputs and warnings."""
     from simulator.engines import SCHEDULED
     from simulator.estimate import estimate as answer
     from simulator.parallel import Layout
@@ -356,7 +393,7 @@ def estimate(
     if prefix >= context:
         message = f"--prefix {prefix}: it must be smaller than --context {context}; the last token is always computed"
         raise ValueError(message)
-    degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
+    degrees = _degrees(degree)
     machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
     layout = Layout(**degrees)  # type: ignore[arg-type]
     asked: Prefill | Decode
@@ -373,11 +410,7 @@ def estimate(
     if float(found.footprint.total) > float(machine.gpu.usable_bytes):
         held, there = (float(b) / 2**30 for b in (found.footprint.total, machine.gpu.usable_bytes))
         told.append(f"{held:.1f} GiB per GPU do not fit in {there:.1f} GiB: a time for a machine with more memory")
-    document = report.estimate_document(found, inputs, told)
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        report.print_estimate(document, found, _console())
+    return found, inputs, told
 
 
 @main.command("compare-cp")
