@@ -82,7 +82,7 @@ def _reach(found: dict[str, Any]) -> None:
     st.dataframe(
         pd.DataFrame(rows).astype(dict.fromkeys(("trained on", "declared", "unfinished pairs"), "Int64")), hide_index=True, placeholder="",
         column_config={
-            "trained on": whole, "declared": whole, "shown to use": st.column_config.TextColumn(width="small"),
+            "trained on": whole, "declared": whole, "shown to use": st.column_config.TextColumn(width=130),
             "unfinished pairs": st.column_config.NumberColumn(help="Pairs of dimensions that never completed a turn in training: angles never seen."),
             "in words": st.column_config.TextColumn(width="large"),
         },

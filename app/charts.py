@@ -105,10 +105,10 @@ def cache(shares: Sequence[CacheShare]) -> Spec:
         {"kind": f"{share.layers:,.0f} x {share.kind}", "keeps": share.keeps, "bytes": share.token_bytes, "sequence": share.sequence_bytes}
         for share in shares
     ]
-    keeps = {share.keeps for share in shares}
+    keeps, kinds = {share.keeps for share in shares}, {row["kind"] for row in rows}
     plain = {"labelExpr": "format(datum.value, ',') + ' B'", "tickCount": 4, "grid": False}
     return {
-        "height": 90 + 30 * len(rows), "data": {"values": rows},
+        "height": 90 + 30 * len(kinds), "data": {"values": rows},
         "mark": {"type": "bar", "height": 20},
         "encoding": {
             "x": {"field": "bytes", "type": "quantitative", "title": None, "axis": plain},

@@ -89,8 +89,8 @@ def _metrics(answer: Answer, document: dict[str, Any]) -> None:
     with st.grid(min_column_width=165):
         if service is None:
             where = f"Tokens, for {plan.request.concurrency} at once, on {plan.longest.layout}."
-            st.metric("Longest context that fits", longest if plan.longest.longest else "none", help=where, border=True)
-            st.metric("Smallest cluster that works", f"{plan.smallest_gpus} GPUs" if plan.smallest_gpus else "none up to 1,024", border=True)
+            st.metric("Longest context", longest if plan.longest.longest else "none", help=where, border=True)
+            st.metric("Smallest cluster", f"{plan.smallest_gpus} GPUs" if plan.smallest_gpus else "none", help="Of this GPU, up to 1,024.", border=True)
             st.metric("Short per GPU", gib(plan.best.short_bytes), help=f"On {plan.best.layout}.", border=True)
             return
         _metric("TTFT, cold", service.cold.seconds, "s", f"Time to first token of a prompt of {plan.request.prompt:,} tokens with nothing cached.")

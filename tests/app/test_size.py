@@ -32,7 +32,7 @@ def shown(text: str) -> str:
 
 def test_the_app_computes_nothing() -> None:
     """No arithmetic but on constants, on the steps of a scale, and on the number of rows of a chart."""
-    free = {"k", "step", "ten", "len", "rows"}
+    free = {"k", "step", "ten", "len", "kinds"}
     for file in sorted(MAIN.parent.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
@@ -87,8 +87,8 @@ def test_a_request_that_does_not_fit_says_what_would() -> None:
     assert not plan.fits
     assert shown(at.error[0].value) == f"**{report.verdict(plan)}**"
     found = {metric.label: metric.value for metric in at.metric}
-    assert found["Longest context that fits"] == f"{plan.longest.longest:,}"
-    assert found["Smallest cluster that works"] == f"{plan.smallest_gpus} GPUs"
+    assert found["Longest context"] == f"{plan.longest.longest:,}"
+    assert found["Smallest cluster"] == f"{plan.smallest_gpus} GPUs"
     assert [code.value.split()[0] for code in at.code] == ["longctx"], "no launch command for what would not start"
 
 
