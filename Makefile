@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo app test bench clean
 
 demo: $(VENV)/.core
 	$(BIN)/longctx size Qwen/Qwen2.5-14B-Instruct-1M --gpu h200 --gpus 8 --context 1M --concurrency 4
+
+app: $(VENV)/.app
+	$(BIN)/longctx app
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -26,6 +29,10 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/.app: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[app]'
 	touch $@
 
 clean:

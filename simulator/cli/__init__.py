@@ -196,38 +196,21 @@ def size(
     price: float | None, exit_zero: bool, output_dir: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
-    from simulator import export, planner, report, tables
-    from simulator.engines import Vllm
-    from simulator.hardware import price as listed
-    from simulator.serving import Request
+    from simulator import export, report
+    from simulator.question import Question, ask
 
     degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
-    machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
-    engine = Vllm(memory_fraction, block_size, chunk)
-    written = output if output is not None else min(1024, max(1, context // 8))
-    if written >= context:
-        message = f"--output {written}: it is part of --context {context}; use a smaller number"
-        raise ValueError(message)
-    request = Request(context, concurrency, written, prefix_hit)
-    found = planner.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
-    known = listed(machine.gpu)
-    inputs = {
-        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": concurrency,
-        "output": written, "prefix_hit": prefix_hit, **{f"{k}": v for k, v in degrees.items()},
-        "weights": weights or (spec.quantization if spec.quantization != "none" else spec.embedding.weight.name), "cache": spec.cache.name,
-        "block_size": engine.block_tokens(spec, machine.gpu), "memory_fraction": engine.fraction, "chunk": engine.step_tokens(machine.gpu),
-        "max_num_seqs": engine.sequences(machine.gpu), "engine": f"vllm {engine.version}",
-        "price_usd_per_gpu_hour": price if price is not None else machine.price_usd_per_gpu_hour,
-        "price_source": "given" if price is not None else (known.sources.get("typical") if known else None),
-    }  # fmt: skip
-    if as_json or output_dir is not None:
-        document = report.size_document(found, inputs, tables.engines(spec, found.best.layout, machine, context, [engine]))
+    answer = ask(Question(
+        model, gpu, gpus, context, concurrency, output, prefix_hit, tuple(degrees.items()), weights, cache, block_size, memory_fraction, chunk, price,
+    ))  # fmt: skip
+    found = answer.plan
+    document = answer.document() if as_json or output_dir is not None else {}
     if output_dir is not None:
         export.write_size(output_dir, report.emit(document), document)
     if as_json:
         click.echo(report.emit(document))
     else:
-        report.print_size(found, inputs, _console())
+        report.print_size(found, answer.inputs, _console())
     return 0 if found.fits or exit_zero else EXIT_DOES_NOT_FIT
 
 

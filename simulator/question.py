@@ -1,0 +1,79 @@
+"""A question about serving and its answer: what `longctx size` and the app's first page ask alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from simulator import planner, report, tables
+from simulator.engines import Vllm
+from simulator.hardware import cluster
+from simulator.hardware import price as listed
+from simulator.hf import load_model, with_formats
+from simulator.planner import Plan
+from simulator.serving import Request
+
+#: Degrees that multiply into a number of GPUs.
+_MULTIPLIES = ("tp", "pp", "dp", "dp_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a user asks, as written: None is the default.  `degrees` holds (name, degree) of those insisted on."""
+
+    model: str
+    gpu: str = "h200"
+    gpus: int | None = None
+    context: int = 131_072
+    concurrency: int = 1
+    output: int | None = None
+    prefix_hit: float = 0.9
+    degrees: tuple[tuple[str, int], ...] = ()
+    weights: str | None = None
+    cache: str | None = None
+    block_size: int | None = None
+    memory_fraction: float | None = None
+    chunk: int | None = None
+    price_usd_per_gpu_hour: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """The plan with every input resolved."""
+
+    plan: Plan
+    inputs: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """The keys of `size`, every engine's allocation among them."""
+        found = self.plan
+        held = tables.engines(found.model, found.best.layout, found.cluster, found.request.context, [found.engine])
+        return report.size_document(found, self.inputs, held)
+
+
+def ask(question: Question) -> Answer:
+    """Does it fit, how, how fast, how dear.  Errors: ValueError with value, rule and remedy."""
+    context, degrees, price = question.context, dict(question.degrees), question.price_usd_per_gpu_hour
+    product = 1
+    for name in _MULTIPLIES:
+        product *= degrees.get(name, 1)
+    machine = cluster(question.gpu, product if question.gpus is None else question.gpus)
+    spec = with_formats(load_model(question.model), question.weights, question.cache)
+    engine = Vllm(question.memory_fraction, question.block_size, question.chunk)
+    written = question.output if question.output is not None else min(1024, max(1, context // 8))
+    if written >= context:
+        message = f"--output {written}: it is part of --context {context}; use a smaller number"
+        raise ValueError(message)
+    request = Request(context, question.concurrency, written, question.prefix_hit)
+    found = planner.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
+    known = listed(machine.gpu)
+    inputs = {
+        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": question.concurrency,
+        "output": written, "prefix_hit": question.prefix_hit, **degrees,
+        "weights": question.weights or (spec.quantization if spec.quantization != "none" else spec.embedding.weight.name), "cache": spec.cache.name,
+        "block_size": engine.block_tokens(spec, machine.gpu), "memory_fraction": engine.fraction, "chunk": engine.step_tokens(machine.gpu),
+        "max_num_seqs": engine.sequences(machine.gpu), "engine": f"vllm {engine.version}",
+        "price_usd_per_gpu_hour": price if price is not None else machine.price_usd_per_gpu_hour,
+        "price_source": "given" if price is not None else (known.sources.get("typical") if known else None),
+    }  # fmt: skip
+    return Answer(found, inputs)
