@@ -148,11 +148,12 @@ def carried(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Cons
     what a tile spends beside its products (fetching operands, softmax, write-out) is as long on a slower tensor core.
     sustained' = sustained (W' / P') / (W / P), heat' = heat (B' / W') / (B / W), W the board power, P the tensor peak, B the memory
     rate: the same joules per FLOP and per byte.  Shares of memory and of exponentials, pieces, waves and fixed times are the lender's.
-    A board whose power is not known takes the lender's.
+    Where one board's power is not known, both count as equal.
     Neglected: other voltages and memory generations, and instructions that only one of the two has.
     """
     dtype = family[2] if gpu.supports(family[2]) and lender.supports(family[2]) else "bf16"
-    rate, watts = gpu.flops_per_clock[dtype] / lender.flops_per_clock[dtype], (gpu.tdp_w or lender.tdp_w) / lender.tdp_w
+    rate = gpu.flops_per_clock[dtype] / lender.flops_per_clock[dtype]
+    watts = gpu.tdp_w / lender.tdp_w if gpu.tdp_w and lender.tdp_w else 1.0
     return replace(
         constants, tensor=1 / (1 + (1 / constants.tensor - 1) * rate), depth_half=constants.depth_half * rate,
         sustained=constants.sustained * watts * lender.peak_flops_per_s(dtype) / gpu.peak_flops_per_s(dtype),

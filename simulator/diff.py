@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _NO_PARTS = ("total", "usable")
 _TIMES = ("ttft_s", "ttft_cached_s", "tpot_s")
 #: Kinds of terms in the order they are told, with what writes their numbers.
-_SHOWN = {
+_SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("Time", lambda value: SECONDS.show(value, 3)), "answer": ("Answers", lambda value: SECONDS.show(value, 3)),
     "bytes per GPU": ("Memory per GPU", gib),
 }  # fmt: skip
@@ -122,11 +122,11 @@ def print_diff(told: dict[str, Any], console: Console) -> None:
     for kind in dict.fromkeys(term["kind"] for term in told["terms"]):
         title, tell = _SHOWN[kind]
 
-        def signed(value: float, tell: Any = tell) -> str:
+        def signed(value: float, tell: Callable[[float], str] = tell) -> str:
             return ("+" if value > 0 else "-" if value < 0 else "") + tell(abs(value))
 
         terms = [term for term in told["terms"] if term["kind"] == kind]
-        def plain(value: float, tell: Any = tell) -> str:
+        def plain(value: float, tell: Callable[[float], str] = tell) -> str:
             return ("-" if value < 0 else "") + tell(abs(value))
 
         rows = [

@@ -116,7 +116,11 @@ def _print_row(row: dict[str, Any], console: Console) -> None:
             continue
         text = f"{formulas.readable(formula['text'])} = {formulas.readable(formula['substituted'])} = {unit.show(formula['value'], 4)}"
         console.print(f"  {title:6}{text}", highlight=False, soft_wrap=True, markup=False)
-    attains = [f"{significant(row['constants'][name], 3)} of the {peak} peak" for name, peak in _SHARES.items() if name in row["constants"] and peak in row["demand_s"]]
+    attains = [
+        f"{significant(row['constants'][name], 3)} of the {peak} peak"
+        for name, peak in _SHARES.items()
+        if name in row["constants"] and peak in row["demand_s"]
+    ]
     if row["constants"].get("sustained") and "tensor" in row["demand_s"]:
         attains.append(f"{significant(row['constants']['sustained'], 3)} where the power limit holds it")
     if row["constants"].get("launch_s"):

@@ -70,8 +70,9 @@ def _basis(entry: dict[str, Any]) -> str:
     if entry["calibration"] is None:
         return f"no times: {', '.join(entry['unknown'])} not known"
     told: str = entry["calibration"]
-    if " borrows " in told:
-        return f"borrows {told.split(' of ')[1].split(':')[0]}"
+    lender = told.partition(" borrows the shape of ")[2]
+    if lender:
+        return f"borrows {lender.partition(':')[0]}"
     return "documented priors" if "documented priors" in told else told.removeprefix(f"{entry['name']}: ")
 
 

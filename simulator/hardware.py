@@ -72,8 +72,9 @@ class Link:
 class Gpu:
     """One accelerator.  Figures "per unit" are per SM (NVIDIA) or CU (AMD).
 
-    A figure of 0 is not known; `need` says so where it is needed.  `usable_bytes` is what the framework offers of `capacity_bytes` (torch `total_memory`), or the capacity where that
-    is unknown.  `l2_bytes` is the last cache before HBM.  `gpus_per_node` counts the GPUs of one host, which may be
+    A figure of 0 is not known; `need` says so where it is needed.
+    `usable_bytes` is what the framework offers of `capacity_bytes` (torch `total_memory`), or the capacity where that is unknown.
+    `l2_bytes` is the last cache before HBM.  `gpus_per_node` counts the GPUs of one host, which may be
     fewer than its scale-up domain.  `attained` holds the best matrix products measured, in FLOP/s by dtype;
     `sustained_clock_hz` the clock under long products at the power cap, None where unknown.  `borrows` names the GPU whose
     calibration stands in where this one has none.
@@ -292,6 +293,11 @@ def cluster(name: str | Gpu, gpus: int = 1) -> Cluster:
 def catalog() -> tuple[str, ...]:
     """The names of all GPUs that ship with the tool."""
     return tuple(sorted(set(_spellings().values())))
+
+
+def timed() -> tuple[str, ...]:
+    """The names of those of which all is known that a time needs."""
+    return tuple(name for name in catalog() if not gpu(name).unknown(TIMED))
 
 
 def own() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import pytest
 import simulator
 from simulator import cli
 from simulator.data import data_path
-from simulator.hardware import catalog as gpus
+from simulator.hardware import timed as gpus
 from tests.support import EVERY, MAIN
 
 LLAMA, LLAMA_8B, V3 = "meta-llama/Meta-Llama-3.1-70B", "meta-llama/Meta-Llama-3.1-8B", "deepseek-ai/DeepSeek-V3"

@@ -26,7 +26,7 @@ from simulator.launch import LAUNCHES
 from simulator.parallel import Layout
 from simulator.phases import Decode, Prefill
 from simulator.work import Group, Leaf, Op
-from tests.support import EVERY, HYBRID, MAIN, eight, leaves, machine, model
+from tests.support import EVERY, HYBRID, MAIN, allows, eight, leaves, machine, model
 from tests.test_cli import Say, say  # noqa: F401 (a fixture)
 
 PROMPT, STEP = Segment(3.0, 700.0, 4096.0), Segment(5.0, 1.0, 9000.0, split_kv=True)
@@ -81,11 +81,7 @@ def test_every_kernel_and_every_pattern_has_a_formula_and_an_example() -> None:
 @pytest.mark.parametrize("name", sorted({*MAIN, *HYBRID, *EVERY[::9]}))
 @pytest.mark.parametrize("phase", [Prefill(65536.0, 2.0), Decode(131072.0, 4.0)], ids=["prefill", "decode"])
 def test_the_formulas_hold_for_every_op_of_every_model(name: str, phase: Prefill | Decode) -> None:
-    layout = Layout()
-    try:
-        layout = eight(name)
-    except StopIteration:
-        pass
+    layout = next((x for x in (Layout(tp=8), Layout(tp=8, ep=8)) if allows(model(name), x)), Layout())
     found = estimate(model(name), machine("h200", 8), layout, phase)
     for _, op in leaves(found.work):
         numbers = extents(op)
@@ -252,3 +248,25 @@ def test_no_launch_script_is_written_for_what_does_not_start(say: Say, tmp_path:
 
 def test_bf16_is_two_bytes() -> None:
     assert extents(gemm("g", m=1.0, n=1.0, k=1.0))["element_bytes"] == BF16.bytes == 2
+
+
+def test_the_keys_of_explain_diff_and_gpus_are_frozen(say: Say) -> None:  # noqa: F811
+    head = {"schema_version", "tool_version", "inputs", "warnings"}
+    opened = explained(say, "Llama-3.1-8B", "--context", "32K")
+    assert opened.keys() == head | {"seconds", "binding", "overlapped_s", "rows", "memory_bytes_per_gpu", "cache", "calibration"}
+    assert opened["seconds"].keys() == {"lower", "value", "low", "high", "upper", "basis"}
+    assert opened["cache"].keys() == {"sequences", "bytes_per_sequence", "layers"}
+    for row in opened["rows"]:
+        assert row.keys() == {
+            "name", "kernel", "impl", "dtype", "count", "seconds", "lower", "share", "bound_by", "demand_s", "formulas", "constants", "basis", "source",
+        }  # fmt: skip
+        assert all(formula.keys() == {"text", "substituted", "value"} for formula in row["formulas"].values())
+    moved = say("diff", *TWO, "--json").document
+    assert moved.keys() == head | {"changed", "terms", "totals"}
+    assert all(term.keys() >= {"kind", "name", "before", "after", "difference"} for term in moved["terms"])
+    for entry in say("gpus", "--json").document["gpus"]:
+        assert entry.keys() == {
+            "name", "title", "vendor", "architecture", "ships", "capacity_bytes", "usable_bytes", "hbm_bytes_per_s", "dense_flops_per_s", "peak_flops_per_s",
+            "link", "gpus_per_node", "tdp_w", "price_usd_per_gpu_hour", "calibration", "unknown", "sources",
+        }  # fmt: skip
+        assert bool(entry["unknown"]) == any(entry[figure] is None for figure in ("tdp_w", "calibration"))

@@ -20,6 +20,7 @@ ADDRESS = "https://huggingface.co"
 SECONDS = 3.0
 #: A config.json is a few kilobytes; those with long quantization lists reach hundreds.
 MOST_BYTES = 4 * 2**20
+_REFUSALS = {401: "it is gated or does not exist", 403: "it is gated", 404: "the hub has no config.json of it"}
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -83,7 +84,7 @@ def _get(identifier: str) -> bytes:
         with urlopen(request, timeout=SECONDS) as answer:  # noqa: S310
             text: bytes = answer.read(MOST_BYTES + 1)
     except HTTPError as error:
-        why = {401: "it is gated or does not exist", 403: "it is gated", 404: "the hub has no config.json of it"}.get(error.code, f"the hub answered {error.code}")
+        why = _REFUSALS.get(error.code, f"the hub answered {error.code}")
         error.close()
         raise Unreachable(why) from error
     except (URLError, HTTPException, OSError, ValueError) as error:

@@ -1,0 +1,70 @@
+"""Everything against everything: a sample of the catalog on every accelerator, and inputs nobody would write.
+
+`python tests/benchmarks/breadth.py` runs the whole product and 10,000 inputs of each kind.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from simulator.hardware import TIMED, catalog, gpu
+from tests.fuzzing import check_command_line, check_config, command_lines, configs
+from tests.support import EVERY
+from tests.test_cli import Say, say  # noqa: F401 (a fixture)
+
+#: Every accelerator meets a few models, every model a few accelerators: the full product is the script's.
+PAIRS = [(name, catalog()[i % len(catalog())]) for i, name in enumerate(EVERY)] + [(EVERY[7 * i % len(EVERY)], part) for i, part in enumerate(catalog())]
+
+
+@pytest.mark.parametrize(("name", "part"), PAIRS)
+def test_any_model_on_any_accelerator_is_answered_or_refused_in_one_line(say: Say, name: str, part: str) -> None:  # noqa: F811
+    held = say("kv", name, "--gpu", part, "--json")
+    assert held.code == 0, held
+    assert held.document["bytes_per_sequence"] >= 0
+    unknown = gpu(part).unknown(TIMED)
+    for words in (["estimate", name, "--phase", "prefill"], ["explain", name, "--phase", "decode"]):
+        said = say(*words, "--gpu", part, "--context", "32K", "--json")
+        if unknown:
+            assert (said.code, said.out) == (2, "")
+            assert f"gpu {part}: {', '.join(unknown)} not known" in said.err
+            continue
+        assert (said.code, said.err) == (0, ""), said
+        assert said.document["seconds"]["value"] > 0
+
+
+@settings(max_examples=300)
+@given(configs())
+def test_a_config_makes_a_model_or_the_documented_error(config: dict[str, Any]) -> None:
+    check_config(config)
+
+
+@settings(max_examples=300)
+@given(command_lines())
+def test_a_command_line_makes_an_answer_or_the_documented_error(words: list[str]) -> None:
+    check_command_line(words)
+
+
+def seconds(*words: str) -> float:
+    """The fastest of three runs in a process of its own."""
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "simulator", *words], check=True, stdout=subprocess.DEVNULL, timeout=60)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def test_help_loads_no_tables_no_network_and_no_gpu() -> None:
+    code = "import sys; from simulator.cli import main; main(['--help'], standalone_mode=False); sys.exit(any(m in sys.modules for m in ('rich', 'pandas', 'urllib.request', 'torch')))"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def test_a_cold_answer_comes_at_once() -> None:
+    """Generous for a busy machine; alone it takes under half of this."""
+    assert seconds("size", "Qwen2.5-14B-Instruct-1M", "--gpu", "h200", "--gpus", "8", "--context", "1M") < 5.0
