@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -50,13 +50,18 @@ def test_a_command_line_makes_an_answer_or_the_documented_error(words: list[str]
     check_command_line(words)
 
 
-def seconds(*words: str) -> float:
-    """The fastest of three runs in a process of its own."""
+def processor_seconds(*words: str) -> float:
+    """What the cheapest of three cold runs takes of the processor: other work on the machine does not count."""
+
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     taken = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = spent()
         subprocess.run([sys.executable, "-m", "simulator", *words], check=True, stdout=subprocess.DEVNULL, timeout=60)
-        taken.append(time.perf_counter() - started)
+        taken.append(spent() - before)
     return min(taken)
 
 
@@ -66,5 +71,6 @@ def test_help_loads_no_tables_no_network_and_no_gpu() -> None:
 
 
 def test_a_cold_answer_comes_at_once() -> None:
-    """Generous for a busy machine; alone it takes under half of this."""
-    assert seconds("size", "Qwen2.5-14B-Instruct-1M", "--gpu", "h200", "--gpus", "8", "--context", "1M") < 5.0
+    """Twice what it takes: 0.3 s from the prompt to the answer on an idle machine, 0.4 s of processor."""
+    assert processor_seconds("size", "Qwen2.5-14B-Instruct-1M", "--gpu", "h200", "--gpus", "8", "--context", "1M", "--concurrency", "4") < 0.9
+    assert processor_seconds("--help") < 0.7
