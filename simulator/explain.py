@@ -78,6 +78,7 @@ def print_explanation(told: dict[str, Any], estimate: Estimate, console: Console
     for warning in told["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     console.print()
+    console.print("Times are of all runs of an op, formulas of one (of unequal chunks: of their mean).\n", style="dim", highlight=False)
     shown = told["rows"][:top] if top else told["rows"]
     for row in shown:
         _print_row(row, console)
@@ -94,7 +95,7 @@ def print_explanation(told: dict[str, Any], estimate: Estimate, console: Console
     lines = [
         [
             str(entry["count"]), entry["kind"], entry["keeps"],
-            f"{entry['count']} x {entry['stored_tokens']:,.0f} x {entry['row_bytes']:,.6g} B", gib(entry["bytes_per_sequence"]),
+            f"{entry['count']} x {entry['stored_tokens']:,.0f} x {formulas.readable(formulas.exact(entry['row_bytes']))} B", gib(entry["bytes_per_sequence"]),
         ]
         for entry in cache["layers"]
     ]  # fmt: skip
@@ -106,7 +107,7 @@ def _print_row(row: dict[str, Any], console: Console) -> None:
     within = Interval(**row["seconds"])
     of_bound = f", {row['lower'] / within.value:.0%} of it the bound" if within.value else ""
     console.print(
-        f"[bold]{row['name']}[/]  {row['count']:,.6g} x  {show(within)} ({row['share']:.1%})  80 %: {span(within)}{of_bound}; "
+        f"[bold]{row['name']}[/]  {show(within)} ({row['share']:.1%}) in {_times(row['count'])}  80 %: {span(within)}{of_bound}; "
         f"bound by {RESOURCE_NAMES[row['bound_by']]}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -128,6 +129,10 @@ def _print_row(row: dict[str, Any], console: Console) -> None:
     told = "; ".join([", ".join(attains), row["basis"], row["source"]]).strip("; ")
     console.print(f"  time  {told}", highlight=False, soft_wrap=True, markup=False, style="dim")
     console.print()
+
+
+def _times(count: float) -> str:
+    return "one run" if count == 1 else f"{formulas.readable(formulas.exact(count))} runs"
 
 
 __all__ = ["document", "print_explanation"]

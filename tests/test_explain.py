@@ -136,7 +136,7 @@ def test_an_explanation_says_what_an_estimate_says(say: Say) -> None:  # noqa: F
 def test_the_text_of_an_explanation_has_formula_numbers_bound_and_source(say: Say) -> None:  # noqa: F811
     said = say("explain", "Llama-3.1-8B", "--context", "32K", "--top", 2)
     assert said.code == 0
-    for words in ("scores x 2 x (head_dim + v_head_dim)", "32 x", "of it the bound", "bound by", "of the tensor peak", "more ops take", "Memory per GPU", "calibration:"):
+    for words in ("scores x 2 x (head_dim + v_head_dim)", "in 32 runs", "of it the bound", "bound by", "of the tensor peak", "more ops take", "Memory per GPU", "calibration:"):
         assert words in said.out, words
     assert "more ops" not in say("explain", "Llama-3.1-8B", "--context", "32K", "--top", 0).out
 
