@@ -123,9 +123,10 @@ def _windows(found: dict[str, Any]) -> None:
 def _recipe(found: dict[str, Any], context: int) -> None:
     st.subheader(f"5. The recipe, choice by choice, at {context:,} tokens", anchor=False)
     rows = [
-        {"choice": c.what, "2020": c.then, "now": c.now, "here": c.number, "then / now": "" if c.factor is None else f"{significant(c.factor, 3)} x"}
+        {"choice": c.what, "2020": c.then, "now": c.now, "here": c.number, "times": "" if c.factor is None else f"{significant(c.factor, 3)} x"}
         for c in found["recipe"]
     ]  # fmt: skip
+    st.caption("Times: how much the choice changes what its row is about: a cost or a cache against the older way, or the length that can be told apart.")
     st.table(pd.DataFrame(rows).set_index("choice"))
 
 

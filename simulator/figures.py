@@ -211,8 +211,8 @@ def _effective() -> dict[str, Effective]:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One line of the recipe: what was chosen in 2020, what is chosen now, and what it changes here.  `factor` is then / now; None where
-    the choice does not change what a context costs.
+    """One line of the recipe: what was chosen in 2020, what is chosen now, and what it changes here, `factor` times; None where the choice
+    does not change what a context costs.
     """
 
     what: str
