@@ -105,7 +105,8 @@ def sidebar() -> Question:
         models = hf.catalog()
         model = st.selectbox(
             "Model", models, index=models.index(DEFAULT_MODEL), key="model", accept_new_options=True, bind="query-params",
-            help="A model of the catalog, or the path of a config.json or its folder on the machine that runs this app.",
+            help="A model of the catalog, or the path of a config.json or its folder on the machine that runs this app. "
+            "Other ids of the Hugging Face hub need `longctx app --hub`.",
         )  # fmt: skip
         gpu = st.selectbox("GPU", gpus(), index=gpus().index("h200_sxm"), key="gpu", bind="query-params")
         left, right = st.columns(2)
