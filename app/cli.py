@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -30,16 +31,22 @@ def command(port: int, address: str) -> list[str]:
     return [sys.executable, "-m", "streamlit", "run", str(Path(__file__).with_name("main.py")), *(f"--{name}={value}" for name, value in options.items())]
 
 
+def environment(*, hub: bool) -> dict[str, str]:
+    """The server's environment: models that do not ship are looked for on the hub only where that is asked for."""
+    return dict(os.environ) if hub else {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
 @click.command("app")
 @click.option("--port", type=click.IntRange(1, 65_535), default=8501, show_default=True, help="Port to listen on.")
 @click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 shows the app to your network.")
-def app(port: int, address: str) -> int:
+@click.option("--hub", is_flag=True, help="Fetch the config.json of a model that does not ship from the Hugging Face hub.")
+def app(port: int, address: str, *, hub: bool) -> int:
     """Answer questions on a page in the browser, on this machine only."""
     if find_spec("streamlit") is None:
         message = "longctx app needs streamlit: `pip install 'longctx[app]'`"
         raise ValueError(message)
     click.echo(f"longctx app: http://{'localhost' if address in ('127.0.0.1', '0.0.0.0') else address}:{port}  (stop with Ctrl-C)", err=True)  # noqa: S104
     try:
-        return subprocess.run(command(port, address), check=False).returncode  # noqa: S603 (our own interpreter and file)
+        return subprocess.run(command(port, address), env=environment(hub=hub), check=False).returncode  # noqa: S603 (our own interpreter and file)
     except KeyboardInterrupt:
         return 0

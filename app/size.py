@@ -18,14 +18,14 @@ from simulator.units import SECONDS, gib
 _NO_PRICE = "no price is known for this GPU: give one under 'Layout, engine, price'"
 
 
-@st.cache_resource(max_entries=64, ttl=600, show_spinner=False)
+@st.cache_resource(max_entries=64, ttl=120, show_spinner=False)
 def answered(question: Question) -> tuple[Answer, dict[str, Any]]:
     """The answer and its document; plans hold arrays and are read only."""
     answer = ask(question)
     return answer, answer.document()
 
 
-@st.cache_resource(max_entries=64, ttl=600, show_spinner=False)
+@st.cache_resource(max_entries=64, ttl=120, show_spinner=False)
 def pictures(question: Question) -> dict[str, charts.Spec]:
     """Every chart of the page."""
     answer, document = answered(question)

@@ -58,7 +58,7 @@ def _any(_text: str) -> None:
 def parameters() -> dict[str, Callable[[str], str | None]]:
     """What a link to `size` may hold: per name, what refuses a value and with which rule."""
     return {
-        "model": _any, "gpu": _one_of(gpus()), "gpus": _number(1, 1024), "context": _any, "concurrency": _number(1, 1_000_000), "output": _any,
+        "model": _any, "gpu": _any, "gpus": _number(1, 1024), "context": _any, "concurrency": _number(1, 1_000_000), "output": _any,
         "prefix_hit": _number(0, 1, whole=False), "weights": _one_of(tuple(WEIGHT_FORMATS)), "cache": _one_of(tuple(CACHE_FORMATS)),
         **{name: _number(1, 1024) for name in DEGREES},
         "memory_fraction": _number(0.05, 1, whole=False), "chunk": _any, "price": _number(0, 10_000, whole=False),
@@ -105,9 +105,13 @@ def sidebar() -> Question:
         models = hf.catalog()
         model = st.selectbox(
             "Model", models, index=models.index(DEFAULT_MODEL), key="model", accept_new_options=True, bind="query-params",
-            help="A model of the catalog, or the path of a config.json or its folder on the machine that runs this app.",
+            help="A model of the catalog, or the path of a config.json or its folder on the machine that runs this app. "
+            "Other ids of the Hugging Face hub need `longctx app --hub`.",
         )  # fmt: skip
-        gpu = st.selectbox("GPU", gpus(), index=gpus().index("h200_sxm"), key="gpu", bind="query-params")
+        gpu = st.selectbox(
+            "GPU", gpus(), index=gpus().index("h200_sxm"), key="gpu", accept_new_options=True, bind="query-params",
+            help="A GPU that ships with the tool, or the path of a file of your own on the machine that runs this app.",
+        )  # fmt: skip
         left, right = st.columns(2)
         with left:
             count = st.number_input("GPUs", min_value=1, max_value=1024, value=8, key="gpus", bind="query-params")

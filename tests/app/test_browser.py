@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from app.cli import command
+from app.cli import command, environment
 from simulator import report
 from simulator.question import Question, ask
 
@@ -49,7 +49,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         port = free.getsockname()[1]
     start = time.perf_counter()
     server = subprocess.Popen(
-        command(port, "127.0.0.1"), cwd=tmp_path_factory.mktemp("app"), env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        command(port, "127.0.0.1"), cwd=tmp_path_factory.mktemp("app"), env={**environment(hub=False), "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -171,6 +171,11 @@ def test_a_bad_link_is_told(watched: Watched, served: Served) -> None:
     page.goto(f"{served.url}/?gpus=many&context=128K")
     says(page, Question(DEFAULT.model, "h200_sxm", 8, 2**17, 4))
     page.get_by_text("gpus=many is not used").wait_for(timeout=60_000)
+
+
+def test_a_model_that_does_not_ship_is_not_looked_for_elsewhere(watched: Watched, served: Served) -> None:
+    watched.page.goto(f"{served.url}/?model=nobody%2Fnothing-7B")
+    watched.page.get_by_text("not looked for on the hub").wait_for(timeout=60_000)
 
 
 def test_the_answer_can_be_taken_along(watched: Watched, served: Served) -> None:

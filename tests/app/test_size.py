@@ -112,14 +112,20 @@ def test_a_mistake_is_one_line(key: str, value: str, says: str) -> None:
     assert not at.metric
 
 
-def test_degrees_that_break_a_rule_are_one_line() -> None:
-    at = opened(tp="3")
+@pytest.mark.parametrize(("name", "value"), [("tp", "3"), ("gpu", "abacus"), ("model", "nothing-7B")])
+def test_a_link_that_cannot_be_answered_is_one_line(name: str, value: str) -> None:
+    at = opened(**{name: value})
     assert not at.exception
     assert len(at.error) == 1
-    assert "tp" in at.error[0].value
+    assert name in at.error[0].value
+    assert value in at.error[0].value
 
 
-@pytest.mark.parametrize(("name", "value"), [("gpus", "many"), ("gpu", "abacus"), ("prefix_hit", "7"), ("weights", "stone"), ("nonsense", "1")])
+def test_a_short_name_of_a_gpu_is_as_good_as_its_own() -> None:
+    assert opened(gpu="b200").success[0].value == opened(gpu="b200_sxm").success[0].value
+
+
+@pytest.mark.parametrize(("name", "value"), [("gpus", "many"), ("prefix_hit", "7"), ("weights", "stone"), ("nonsense", "1")])
 def test_a_link_s_bad_value_is_told(name: str, value: str) -> None:
     at = opened(**{name: value})
     assert any(name in shown(warning.value) and "link" in warning.value for warning in at.warning)
