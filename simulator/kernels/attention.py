@@ -316,7 +316,7 @@ def attention(
         extra = tokens * heads if learned_sinks else 0.0
         return Op(
             name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name,
-            operands=cache.name if cache.bits < dtype.bits else "", tensor_flops=forward,
+            operands=cache.name if segment.split_kv and cache.bits < dtype.bits else "", tensor_flops=forward,
             exponentials=scores + extra if learned_sinks else scores, model_flops=forward,
             hbm_bytes=io_bytes + live * row_bytes, shape=shape, aside=lambda: Aside(scores * 5.0, io_bytes, saved()),
         )  # fmt: skip
