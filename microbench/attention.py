@@ -271,18 +271,13 @@ def backward(impl: str, grads: Any, q: Any, k: Any, v: Any, saved: Any) -> Any:
     return torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
 
-def impl_is_flashinfer(which: Case) -> bool:
-    """Whether a decode is FlashInfer's."""
-    return which.impl == "flashinfer"
-
-
 def _prepare_decode(which: Case, device: Any, sets: int, *, hot: bool) -> Prepared:
     b, seen, h, g, d = (which[name] for name in ("sequences", "context", "heads", "kv_heads", "head_dim"))
     q = _random((sets, b, h, d), device)
     if which.impl == "flash2":
         k, v = (_random((sets, b, seen, g, d), device) for _ in range(2))
         return Prepared(lambda i: _flash2(q[i].unsqueeze(1), k[i], v[i]), sets, hot=hot)
-    if impl_is_flashinfer(which):
+    if which.impl == "flashinfer":
         tables = torch.stack([torch.randperm(b * -(-seen // PAGE), device=device).to(torch.int32).view(b, -1) for _ in range(sets)])
         k, v = (_random((sets, tables[0].numel(), PAGE, g, d), device, KINDS[which.dtype]) for _ in range(2))
         lengths = torch.full((b,), seen, device=device, dtype=torch.int32)
@@ -355,7 +350,7 @@ def _decode_error(which: Case, device: Any, b: int) -> float:
     pages = -(-seen // PAGE)
     table = torch.randperm(b * pages, device=device).to(torch.int32).view(b, pages)
     lengths = torch.full((b,), seen, device=device, dtype=torch.int32)
-    if impl_is_flashinfer(which):
+    if which.impl == "flashinfer":
         k, v = (_random((b * pages, PAGE, g, d), device, KINDS[which.dtype]) for _ in range(2))
         rows_k, rows_v = ((t.to(torch.bfloat16)[table.long()]).reshape(b, pages * PAGE, g, d)[:, :seen].double() for t in (k, v))
         got = packages.paged_decode(q, k, v, table, lengths)()
