@@ -133,7 +133,9 @@ def test_it_starts_and_draws(watched: Watched, served: Served, capsys: pytest.Ca
             f"\n  cold start: page to verdict {answered - asked:.1f} s, to the first chart {drawn - asked:.1f} s "
             f"({drawn - served.started:.1f} s from the start of the server, the browser's own start between); load {os.getloadavg()[0]:.1f}"
         )
-    assert page.locator("[data-testid=stMetric]").count() == 5
+    metrics = page.locator("[data-testid=stMetric]")
+    metrics.nth(4).wait_for(timeout=60_000)  # they are drawn one after the other
+    assert metrics.count() == 5
     assert drawn - asked < 60
 
 
