@@ -1,0 +1,296 @@
+"""Run the sharing algorithms on what this machine has and write one row per case.
+
+Several GPUs talk by NCCL, one process each (or as `torchrun` started them).  One GPU plays one of four logical ranks, whose
+neighbours' tensors are copied beside its kernels (`Loopback`).  Without a GPU two CPU processes talk by gloo, which shows that
+the code runs and says nothing of time.
+
+A row holds the slowest rank's seconds of the whole program, and of the same program when nothing is sent (`silent_s`): what
+lies between them is exposed communication.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import gc
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from microbench.case import Case
+from microbench.environment import Reading, Sensors, environment
+from microbench.ring import collectives, context, decode, experts, handover, tensor, ulysses
+from microbench.ring.transport import Distributed, Loopback, Silent, Transport
+from microbench.run import TOLERANCE, Outcome, case_of, read
+from simulator.work import Work
+
+
+class Sharing(Protocol):
+    """What every module of sharing algorithms offers."""
+
+    KERNELS: tuple[str, ...]
+    IMPLS: tuple[str, ...]
+
+    def cases(self, suite: str, ranks: int) -> list[Case]:
+        """The cases of a suite, tiny or ring, for a group of `ranks`."""
+
+    def work(self, which: Case) -> Work:
+        """The simulator's tree of what one rank does."""
+
+    def build(self, which: Case, transport: Transport, device: Any) -> Callable[[], Any]:
+        """One rank's program on inputs made beforehand."""
+
+    def error(self, which: Case, transport: Transport, device: Any, dtype: Any) -> float:
+        """Relative error of this rank's results against the whole computed on one device."""
+
+
+MODULES: tuple[Sharing, ...] = (collectives, context, ulysses, decode, tensor, experts, handover)
+#: Logical ranks of which a single GPU plays one.
+LOOPBACK_RANKS = 4
+#: Seconds of warming up and of sampling of a case, the fewest and most samples.
+WARM_S, SAMPLE_S, LEAST, MOST = 0.15, 0.2, 4, 100
+#: A program shorter than this is captured in a graph, so that the host's launches do not show.
+GRAPH_BELOW_S, GRAPH_S = 3e-3, 5e-3
+COLUMNS = (
+    "kernel", "impl", "dtype", "regime", "shape", "held", "backend", "captured", "p20_s", "p50_s", "p80_s", "samples", "silent_s", "error",
+    "sm_clock_hz", "power_w", "sent_bytes",
+)  # fmt: skip
+
+
+def module_of(which: Case) -> Sharing:
+    """The module that runs a case."""
+    return next(m for m in MODULES if which.kernel in m.KERNELS and which.impl in m.IMPLS)
+
+
+def cases_of(suite: str, ranks: int) -> list[Case]:
+    """Every case of a suite for a group of `ranks`."""
+    return [which for module in MODULES for which in module.cases(suite, ranks)]
+
+
+@dataclass
+class Rank:
+    """One process's part of a run: its end of the whole, its device, and how ranks talk."""
+
+    world: Transport
+    device: Any
+    backend: str
+
+    def transport(self, ranks: int) -> Transport | None:
+        """The group of the first `ranks`; None on the others."""
+        if ranks == self.world.size:
+            return self.world
+        if self.backend == "loopback":
+            return Loopback.of(ranks - 1, ranks, self.device)
+        block = self.world.rank // ranks
+        found = self.world.group(range(block * ranks, (block + 1) * ranks))
+        return found if block == 0 else None
+
+
+def bench(folder: Path, *, limit_s: float = 540.0, only: Iterable[str] = (), progress: Any = None) -> Outcome:
+    """Run what `folder` does not hold yet, for at most `limit_s` seconds; `only` names kernels."""
+    gpus = torch.cuda.device_count()
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = tuple(only)
+    if "WORLD_SIZE" in os.environ:
+        return _distributed(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), folder, limit_s, chosen, progress)
+    if gpus == 1:
+        device = torch.device("cuda", 0)
+        rank = Rank(Loopback.of(LOOPBACK_RANKS - 1, LOOPBACK_RANKS, device), device, "loopback")
+        return _run(rank, folder, limit_s, chosen, progress)
+    size = max(gpus, 2)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ["MASTER_PORT"] = str(_free_port())
+    before = set(folder.glob("*.csv"))
+    torch.multiprocessing.spawn(_process, args=(size, folder, limit_s, chosen), nprocs=size)  # type: ignore[no-untyped-call]
+    file = next(iter(set(folder.glob("*.csv")) - before), None)
+    left_out = () if file is None else tuple(line for line in read(file)[0].get("left_out", "").split(" | ") if line)
+    return Outcome(file, 0 if file is None else len(read(file)[1]), 0, left_out, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _process(rank: int, size: int, folder: Path, limit_s: float, only: tuple[str, ...]) -> None:
+    _distributed(rank, size, folder, limit_s, only, None)
+
+
+def _distributed(rank: int, size: int, folder: Path, limit_s: float, only: tuple[str, ...], progress: Any) -> Outcome:
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    cuda = torch.cuda.device_count() > local
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    # numbers of the host travel by gloo, so that agreeing on them puts nothing on the links
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=dt.timedelta(seconds=120), device_id=device if cuda else None
+    )
+    try:
+        return _run(Rank(Distributed.world(), device, "nccl" if cuda else "gloo"), folder, limit_s, only, progress if rank == 0 else None)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(rank: Rank, folder: Path, limit_s: float, only: tuple[str, ...], progress: Any) -> Outcome:
+    """The slice of one process; the first writes."""
+    first, size = rank.world.rank == 0 or rank.backend == "loopback", rank.world.size
+    facts = environment(rank.device) | {"backend": rank.backend, "gpus": 1 if rank.backend == "loopback" else size}
+    if rank.device.type == "cuda":
+        facts["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+    suite = "ring" if rank.device.type == "cuda" else "tiny"
+    groups = [r for r in (2, 4, 8, 16, 32, 64) if r < size and size % r == 0 and rank.backend == "nccl"] + [size]
+    known = _known(folder, str(facts["gpu"]), rank.backend)
+    todo = [which for r in groups for which in cases_of(suite, r) if which.key not in known and (not only or which.kernel in only)]
+    stamp = str(facts["date"]).replace(":", "").replace("-", "")
+    file = folder / f"ring-{rank.backend}-{''.join(c if c.isalnum() else '-' for c in str(facts['gpu']).lower())}-{stamp}.csv"
+    rows: list[Mapping[str, Any]] = []
+    transports = {r: rank.transport(r) for r in groups}
+    sensors, checked, skipped, start = Sensors(rank.device), {}, [], time.monotonic()  # type: ignore[var-annotated]
+    for index, which in enumerate(todo):
+        if rank.world.agree([time.monotonic() - start])[0] > limit_s:
+            break
+        transport, told = transports[which["ranks"]], ""
+        row = None
+        if transport is not None:
+            try:
+                row = _row(which, transport, rank, sensors, checked)
+            except (RuntimeError, ValueError, AssertionError, ImportError) as reason:
+                told = f"{which.key}: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}"
+        gc.collect()
+        if rank.world.agree([float(bool(told))])[0]:
+            skipped.append(told or f"{which.key}: failed on another rank")
+        elif row is not None:
+            rows.append(row)
+        if first:
+            _write(file, facts | {"left_out": " | ".join(skipped)}, rows)
+        if progress is not None:
+            progress(index + 1, len(todo), which)
+    done = len(rows) + len(skipped)
+    return Outcome(file if first and rows else None, len(rows), len(known), tuple(skipped), len(todo) - done)
+
+
+def _write(file: Path, facts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as out:
+        out.writelines(f"# {key} = {value}\n" for key, value in facts.items())
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _row(which: Case, transport: Transport, rank: Rank, sensors: Sensors, checked: dict[tuple[str, str, int], float]) -> dict[str, Any]:
+    module = module_of(which)
+    kind = (which.kernel, which.impl, transport.size)
+    if kind not in checked:
+        checked[kind] = 0.0 if rank.backend == "loopback" else _error(module, which, transport, rank)
+    if not checked[kind] < TOLERANCE["bf16"]:
+        message = f"wrong result, relative error {checked[kind]:.2g} against one device"
+        raise AssertionError(message)
+    if rank.device.type == "cuda":
+        torch.cuda.empty_cache()
+    torch.manual_seed(20261124 + transport.rank)
+    alone = module.build(which, Silent(transport.rank, transport.size), rank.device)
+    silent, _, _ = _timed(alone, transport, rank.device, Sensors(torch.device("cpu")), captured=True)
+    del alone
+    if rank.device.type == "cuda":
+        torch.cuda.empty_cache()
+    run = module.build(which, transport, rank.device)
+    transport.counted.clear()
+    transport.calls.clear()
+    run()
+    sent = " ".join(f"{pattern}={size}" for pattern, size in sorted(transport.counted.items()))
+    taken, reading, captured = _timed(run, transport, rank.device, sensors, captured=True)
+    p20, p50, p80 = transport.agree([float(np.percentile(taken, q)) for q in (20, 50, 80)])
+    return {
+        "kernel": which.kernel, "impl": which.impl, "dtype": which.dtype, "regime": which.regime, "shape": which.extents, "held": which.held,
+        "backend": rank.backend, "captured": int(captured), "p20_s": f"{p20:.6g}", "p50_s": f"{p50:.6g}", "p80_s": f"{p80:.6g}",
+        "samples": len(taken), "silent_s": f"{transport.agree([float(np.median(silent))])[0]:.6g}", "error": f"{checked[kind]:.3g}",
+        "sm_clock_hz": f"{reading.sm_clock_hz:.6g}", "power_w": f"{reading.power_w:.5g}", "sent_bytes": sent,
+    }  # fmt: skip
+
+
+def _error(module: Sharing, which: Case, transport: Transport, rank: Rank) -> float:
+    """Of a small case of the same kind, the worst rank's."""
+    small = next((c for c in module.cases("tiny", transport.size) if (c.kernel, c.impl) == (which.kernel, which.impl)), None)
+    if small is None:
+        return 0.0
+    return transport.agree([module.error(small, transport, rank.device, torch.bfloat16)])[0]
+
+
+def _timed(run: Callable[[], Any], transport: Transport, device: Any, sensors: Sensors, *, captured: bool) -> tuple[list[float], Reading, bool]:
+    """Samples of a program, all ranks as many; short ones captured in a graph many times over."""
+    if device.type != "cuda":
+        taken = []
+        for _ in range(2):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+        return taken, Reading(), False
+    run()
+    run()
+    once = transport.agree([_between(run)])[0]
+    per, launches = 1, run
+    if captured and once < GRAPH_BELOW_S:
+        per = int(min(max(GRAPH_S / max(once, 1e-5), 1), 64))
+        launches = _captured(run, per)
+    each = transport.agree([_between(launches)])[0]
+    for _ in range(int(max(1, WARM_S / each))):
+        launches()
+    count = int(min(max(LEAST, SAMPLE_S / each), MOST))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize()
+    transport.agree([0.0])
+    events[0].record()
+    reading = Reading()
+    for index in range(count):
+        launches()
+        events[index + 1].record()
+        if index == count // 2:
+            events[max(index - 1, 0)].synchronize()
+            reading = sensors.read()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) * 1e-3 / per for a, b in zip(events[:-1], events[1:], strict=True)], reading, launches is not run
+
+
+def _captured(run: Callable[[], Any], count: int) -> Callable[[], Any]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            run()
+    replay: Callable[[], Any] = graph.replay
+    return replay
+
+
+def _between(action: Callable[[], Any]) -> float:
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    action()
+    last.record()
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last)) * 1e-3
+
+
+def _known(folder: Path, gpu: str, backend: str) -> set[str]:
+    found = set()
+    for file in folder.glob("ring-*.csv"):
+        facts, rows = read(file)
+        if facts.get("gpu") == gpu and facts.get("backend") == backend:
+            found |= {case_of(row).key for row in rows}
+    return found
