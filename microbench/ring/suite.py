@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -201,7 +202,7 @@ def _row(which: Case, transport: Transport, rank: Rank, sensors: Sensors, checke
         torch.cuda.empty_cache()
     torch.manual_seed(20261124 + transport.rank)
     alone = module.build(which, Silent(transport.rank, transport.size), rank.device)
-    silent, _, _ = _timed(alone, transport, rank.device, Sensors(torch.device("cpu")), captured=True)
+    silent, _, _ = _timed(alone, transport, rank.device, sensors, captured=True)
     del alone
     if rank.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -260,7 +261,7 @@ def _timed(run: Callable[[], Any], transport: Transport, device: Any, sensors: S
             events[max(index - 1, 0)].synchronize()
             reading = sensors.read()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e-3 / per for a, b in zip(events[:-1], events[1:], strict=True)], reading, launches is not run
+    return [a.elapsed_time(b) * 1e-3 / per for a, b in pairwise(events)], reading, launches is not run
 
 
 def _captured(run: Callable[[], Any], count: int) -> Callable[[], Any]:
