@@ -20,13 +20,15 @@ from microbench.case import Case, case, relative
 from microbench.ring.transport import Transport
 from simulator.dtypes import C_BF16
 from simulator.kernels.attention import Segment
+from simulator.kernels.messages import PATTERNS
 from simulator.layers import Attention
 from simulator.layers.embedding import Embedding, Head
 from simulator.layers.layer import Direction
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.parallel.scheme import mixing_of
-from simulator.work import Work
+from simulator.units import Num
+from simulator.work import Leaf, Message, Quantity, Work, fold
 
 KERNELS: tuple[str, ...] = ("context_attention", "context_attention_backward")
 #: (heads, kv_heads, head_dim): Llama-3.1-8B, a rank of Llama-70B under TP8, gpt-oss-120B.
@@ -125,6 +127,20 @@ def work_of(which: Case, layout: Layout) -> Work:
     segments = (Segment(float(which["sequences"]), float(which["ranks"] * which["tokens"]), float(past_of(which))),)
     direction = Direction.BACKWARD if is_backward(which) else Direction.FORWARD
     return mixing_of(placed.work(layer, placed.shard(layer, segments), C_BF16, direction))
+
+
+class Payload(Quantity):
+    """Payload bytes of the messages of one pattern."""
+
+    def leaf(self, op: Leaf) -> Num:
+        """That of a message."""
+        return op.payload_bytes if isinstance(op, Message) and op.pattern == self.name else 0.0
+
+
+def payloads(work: Work) -> dict[str, float]:
+    """What one rank hands over by the simulator's count, by pattern, as a transport counts it."""
+    found = {pattern: float(fold(work, Payload(pattern))) for pattern in PATTERNS}
+    return {pattern: value for pattern, value in found.items() if value}
 
 
 Made = Callable[[Case, Transport, Inputs], Program]

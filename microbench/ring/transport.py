@@ -21,6 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: PyTorch renamed both (and warns of the old names).
+_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 #: A tensor and the rank it goes to or comes from.
 Parcel = tuple[Any, int]
 
@@ -147,10 +151,10 @@ class Distributed(Transport):
         return _all_of(dist.batch_isend_irecv(ops))
 
     def _all_gather(self, out: Any, mine: Any) -> Pending:
-        return _all_of([dist.all_gather_into_tensor(out, mine, group=self.handle, async_op=True)])
+        return _all_of([_gather_single(out, mine, group=self.handle, async_op=True)])
 
     def _reduce_scatter(self, out: Any, whole: Any) -> Pending:
-        return _all_of([dist.reduce_scatter_tensor(out, whole, group=self.handle, async_op=True)])
+        return _all_of([_scatter_single(out, whole, group=self.handle, async_op=True)])
 
     def _all_to_all(self, out: Any, given: Any, out_rows: list[int] | None, rows: list[int] | None) -> Pending:
         return _all_of([dist.all_to_all_single(out, given, out_rows, rows, group=self.handle, async_op=True)])
