@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+
 class Partial(NamedTuple):
     """An output over some of the keys a row sees, and the log-sum-exp of its scores."""
 

@@ -21,7 +21,21 @@ from microbench.case import Case
 from microbench.ring import block
 from microbench.ring.block import Partial, Sum
 from microbench.ring.program import (
-    KERNELS, LAYOUTS, LENGTHS, LONGEST, Inputs, Place, Program, Returned, Scratch, built, checked, is_backward, over, past_of, work_of,
+    KERNELS,
+    LAYOUTS,
+    LENGTHS,
+    LONGEST,
+    Inputs,
+    Place,
+    Program,
+    Returned,
+    Scratch,
+    built,
+    checked,
+    is_backward,
+    over,
+    past_of,
+    work_of,
 )  # fmt: skip
 from microbench.ring.transport import DONE, Transport
 from simulator.parallel import Layout
@@ -359,8 +373,8 @@ def place(which: Case, rank: int) -> Place:
 
 
 def cases(suite: str, ranks: int) -> list[Case]:
-    """Tiny: everything once.  ring: lengths and head layouts; the balanced ring longest, others to 32K tokens a rank."""
-    inner = next(m for m in (4, 2, ranks) if ranks % m == 0 and m <= ranks // 2 or m == ranks)
+    """Tiny: everything once.  ring: every length and head layout; one length more of the balanced ring."""
+    inner = next((m for m in (4, 2) if ranks % m == 0 and ranks > m), ranks)
     more: dict[str, dict[str, int]] = {"double.zigzag": {"inner": inner}}
     found = []
     for impl in IMPLS:

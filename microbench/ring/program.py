@@ -10,7 +10,7 @@ and values lie together as [B, rows, 2, g, d].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -112,10 +112,11 @@ def over(
     'ranks=4 sequences=1 tokens=8192 context=32768 heads=32 kv_heads=8 head_dim=128'
     """
     heads, kv_heads, head_dim = layout
-    return case(
+    found = case(
         KERNELS[backward], impl, "bf16", ranks=ranks, sequences=sequences, tokens=tokens, context=ranks * tokens + past, heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim, **more,
+        kv_heads=kv_heads, head_dim=head_dim,
     )  # fmt: skip
+    return replace(found, shape=(*found.shape, *more.items()))
 
 
 def work_of(which: Case, layout: Layout) -> Work:

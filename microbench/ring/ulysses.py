@@ -19,7 +19,19 @@ from microbench.case import Case
 from microbench.ring.block import Partial
 from microbench.ring.context import Ring, tokens_of
 from microbench.ring.program import (
-    KERNELS, LAYOUTS, LENGTHS, Inputs, Place, Program, Returned, Scratch, built, checked, over, past_of, work_of,
+    KERNELS,
+    LAYOUTS,
+    LENGTHS,
+    Inputs,
+    Place,
+    Program,
+    Returned,
+    Scratch,
+    built,
+    checked,
+    over,
+    past_of,
+    work_of,
 )  # fmt: skip
 from microbench.ring.transport import Transport
 from simulator.parallel import Layout
