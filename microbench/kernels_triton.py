@@ -383,11 +383,10 @@ def combine(rows: Any, index: Any, share: Any, out: Any) -> None:
 def join(into: Any, a: Any, b: Any) -> None:
     """Two partial outputs [B, C, h, d], each with its LSE [B, h, C], by their LSE into a third; it may be one of them."""
     batch, tokens, heads, width = a.out.shape
-    row = (heads * width, width, 1)
-    if into.out.stride()[1:] != row or into.lse.stride(2) != 1:
+    if not (into.out[0].is_contiguous() and (into.lse.stride(2) == 1 or tokens == 1)):
         message = f"join: written rows of {heads} x {width} numbers lie together; these have strides {into.out.stride()}"
         raise ValueError(message)
-    a_out, b_out = (part.out if part.out.stride()[1:] == row else part.out.contiguous() for part in (a, b))
+    a_out, b_out = (part.out if part.out[0].is_contiguous() else part.out.contiguous() for part in (a, b))
     a_lse, b_lse = (part.lse if part.lse.stride(2) == 1 else part.lse.contiguous() for part in (a, b))
     pads = triton.next_power_of_2(heads), triton.next_power_of_2(width)
     _join[(tokens, batch)](

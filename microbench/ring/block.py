@@ -41,10 +41,7 @@ def forward(q: Any, k: Any, v: Any, *, causal: bool) -> Partial:
     if not q.is_cuda:
         return _plain(q, k, v, causal=causal)
     if kernel_of(q.shape, k.shape, causal=causal) == "cudnn":
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
-            *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, causal, False
-        )[:2]
-        return Partial(out.transpose(1, 2), lse.view(lse.shape[:3]))
+        return _cudnn(q, k, v, causal=causal)
     out, lse = torch.ops.aten._flash_attention_forward(  # noqa: SLF001
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False
     )[:2]
@@ -55,17 +52,11 @@ def backward(grads: Any, q: Any, k: Any, v: Any, whole: Partial, *, causal: bool
     """Gradients of the block's inputs, from the output and LSE of the queries over all keys."""
     if not q.is_cuda:
         return _plain_backward(grads, q, k, v, whole, causal=causal)
-    lse = whole.lse.contiguous()
-    kernel = kernel_of(q.shape, k.shape, causal=causal)
-    lse_axes, seed, offset = _left_over(kernel, q.device)
-    if kernel == "cudnn":
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
-            *(t.transpose(1, 2) for t in (grads, q, k, v, whole.out)), lse.unsqueeze(3) if lse_axes > lse.dim() else lse, seed, offset,
-            None, None, None, q.shape[1], k.shape[1], 0.0, causal,
-        )  # fmt: skip
-        return Gradients(*(t.transpose(1, 2) for t in found))
+    if kernel_of(q.shape, k.shape, causal=causal, backwards=True) == "cudnn":
+        return _cudnn_backward(grads, q, k, v, whole, causal=causal)
+    _, seed, offset = _left_over("flash2", q.device)
     found = torch.ops.aten._flash_attention_backward(  # noqa: SLF001
-        grads, q, k, v, whole.out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, seed, offset
+        grads, q, k, v, whole.out, whole.lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, seed, offset
     )
     return Gradients(*found)
 
@@ -116,21 +107,37 @@ def of_rows(part: Partial, rows: slice) -> Partial:
 
 
 @cache
-def kernel_of(queries: tuple[int, ...], keys: tuple[int, ...], *, causal: bool) -> str:
+def kernel_of(queries: tuple[int, ...], keys: tuple[int, ...], *, causal: bool, backwards: bool = False) -> str:
     """What runs a block of this shape, found by trying: cuDNN, or FlashAttention-2."""
     if causal and queries[1] != keys[1]:
         return "flash2"  # PyTorch aligns cuDNN's mask to the first key
-    q = torch.zeros(queries, dtype=torch.bfloat16, device="cuda")
-    k = torch.zeros(keys, dtype=torch.bfloat16, device="cuda")
+    q, k = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in (queries, keys))
     try:
-        torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
-            *(t.transpose(1, 2) for t in (q, k, k)), None, True, 0.0, causal, False
-        )
+        out, lse = _cudnn(q, k, k, causal=causal)
+        if backwards:
+            _cudnn_backward(q, q, k, k, Partial(out, lse), causal=causal)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         return "flash2"
     return "cudnn"
+
+
+def _cudnn(q: Any, k: Any, v: Any, *, causal: bool) -> Partial:
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
+        *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, causal, False
+    )[:2]
+    return Partial(out.transpose(1, 2), lse.view(lse.shape[:3]))
+
+
+def _cudnn_backward(grads: Any, q: Any, k: Any, v: Any, whole: Partial, *, causal: bool) -> Gradients:
+    axes, seed, offset = _left_over("cudnn", q.device)
+    lse = whole.lse.contiguous()
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
+        *(t.transpose(1, 2) for t in (grads, q, k, v, whole.out)), lse.unsqueeze(3) if axes > lse.dim() else lse, seed, offset,
+        None, None, None, q.shape[1], k.shape[1], 0.0, causal,
+    )  # fmt: skip
+    return Gradients(*(t.transpose(1, 2) for t in found))
 
 
 @cache
