@@ -273,6 +273,28 @@ def _merge(partial, lse, out, splits, WIDTH: tl.constexpr):
     tl.store(out + head * WIDTH + column, (total / weight).to(out.dtype.element_ty))
 
 
+@triton.jit
+def _join(
+    a, a_lse, b, b_lse, out, out_lse, a_batch, b_batch, out_batch, a_lse_batch, a_lse_head, b_lse_batch, b_lse_head, out_lse_batch,
+    out_lse_head, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+):  # fmt: skip
+    token, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    heads = tl.arange(0, HEADS_PAD)
+    head = heads < HEADS
+    first = tl.load(a_lse + sequence * a_lse_batch + heads * a_lse_head + token, mask=head, other=0.0)
+    second = tl.load(b_lse + sequence * b_lse_batch + heads * b_lse_head + token, mask=head, other=0.0)
+    most = tl.maximum(first, second)
+    total = most + tl.log(tl.exp(first - most) + tl.exp(second - most))
+    columns = tl.arange(0, WIDTH_PAD)[None, :]
+    mask = head[:, None] & (columns < WIDTH)
+    place = token * (HEADS * WIDTH) + heads[:, None] * WIDTH + columns
+    x = tl.load(a + sequence * a_batch + place, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(b + sequence * b_batch + place, mask=mask, other=0.0).to(tl.float32)
+    value = x * tl.exp(first - total)[:, None] + y * tl.exp(second - total)[:, None]
+    tl.store(out + sequence * out_batch + place, value.to(out.dtype.element_ty), mask=mask)
+    tl.store(out_lse + sequence * out_lse_batch + heads * out_lse_head + token, total, mask=head)
+
+
 def _warps(block: int) -> int:
     return max(1, min(16, block // 1024))
 
@@ -356,6 +378,21 @@ def combine(rows: Any, index: Any, share: Any, out: Any) -> None:
     tokens, width = out.shape
     block = triton.next_power_of_2(width)
     _combine[(tokens,)](rows, index, share, out, TOP_K=share.shape[1], WIDTH=width, BLOCK=block, num_warps=_warps(block))
+
+
+def join(into: Any, a: Any, b: Any) -> None:
+    """Two partial outputs [B, C, h, d], each with its LSE [B, h, C], by their LSE into a third; it may be one of them."""
+    batch, tokens, heads, width = a.out.shape
+    if not (into.out[0].is_contiguous() and (into.lse.stride(2) == 1 or tokens == 1)):
+        message = f"join: written rows of {heads} x {width} numbers lie together; these have strides {into.out.stride()}"
+        raise ValueError(message)
+    a_out, b_out = (part.out if part.out[0].is_contiguous() else part.out.contiguous() for part in (a, b))
+    a_lse, b_lse = (part.lse if part.lse.stride(2) == 1 else part.lse.contiguous() for part in (a, b))
+    pads = triton.next_power_of_2(heads), triton.next_power_of_2(width)
+    _join[(tokens, batch)](
+        a_out, a_lse, b_out, b_lse, into.out, into.lse, a_out.stride(0), b_out.stride(0), into.out.stride(0), *a_lse.stride()[:2],
+        *b_lse.stride()[:2], *into.lse.stride()[:2], heads, pads[0], width, pads[1], num_warps=_warps(pads[0] * pads[1]),
+    )  # fmt: skip
 
 
 def split_count(units: int, slots: int, keys: int) -> int:

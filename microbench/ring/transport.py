@@ -14,11 +14,16 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+#: PyTorch renamed both (and warns of the old names).
+_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 #: A tensor and the rank it goes to or comes from.
 Parcel = tuple[Any, int]
@@ -53,6 +58,10 @@ class Transport:
         for tensor, _ in sends:
             self._count("send", size_bytes(tensor))
         return self._exchange(sends, receives) if sends or receives else DONE
+
+    def span(self, lane: str, name: str) -> AbstractContextManager[None]:  # noqa: ARG002 (who traces overrides it)
+        """What follows is `name`, for whoever draws a timeline."""
+        return nullcontext()
 
     def turn(self, sent: Sequence[Any], received: Sequence[Any]) -> Pending:
         """One step of a ring: to the next rank, from the one before."""
@@ -152,10 +161,10 @@ class Distributed(Transport):
         return _all_of(dist.batch_isend_irecv(ops))
 
     def _all_gather(self, out: Any, mine: Any) -> Pending:
-        return _all_of([dist.all_gather_into_tensor(out, mine, group=self.handle, async_op=True)])
+        return _all_of([_gather_single(out, mine, group=self.handle, async_op=True)])
 
     def _reduce_scatter(self, out: Any, whole: Any) -> Pending:
-        return _all_of([dist.reduce_scatter_tensor(out, whole, group=self.handle, async_op=True)])
+        return _all_of([_scatter_single(out, whole, group=self.handle, async_op=True)])
 
     def _all_to_all(self, out: Any, given: Any, out_rows: list[int] | None, rows: list[int] | None) -> Pending:
         return _all_of([dist.all_to_all_single(out, given, out_rows, rows, group=self.handle, async_op=True)])
