@@ -1,0 +1,98 @@
+"""The algorithms that share a layer, run on logical ranks and on processes: results of one device, messages as predicted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from simulator.work import Message, Work, fold, quantity
+from tests.support import leaves
+
+torch = pytest.importorskip("torch")
+
+from microbench.case import Case  # noqa: E402
+from microbench.ring import collectives, decode  # noqa: E402
+from microbench.ring.transport import Local, Transport  # noqa: E402
+
+MODULES = (collectives, decode)
+RANKS = (1, 2, 3, 4, 8)
+CPU = torch.device("cpu")
+TINY = [pytest.param(m, c, id=f"{c.kernel}-{c.impl}-{c['ranks']}") for m in MODULES for n in RANKS for c in m.cases("tiny", n)]
+
+
+def predicted(work: Work) -> dict[str, float]:
+    """Payload bytes by pattern of one rank's messages."""
+    found: Counter[str] = Counter()
+    for times, op in leaves(work):
+        if isinstance(op, Message):
+            found[op.pattern] += times * op.payload_bytes
+    return dict(found)
+
+
+def counted(module: Any, which: Case) -> list[dict[str, int]]:
+    """What each logical rank hands over in one run."""
+
+    def program(transport: Transport) -> dict[str, int]:
+        run = module.build(which, transport, CPU)
+        transport.counted.clear()
+        run()
+        return dict(transport.counted)
+
+    return Local.run(which["ranks"], program)
+
+
+@pytest.mark.parametrize(("module", "which"), TINY)
+def test_every_rank_finds_what_one_device_finds(module: Any, which: Case) -> None:
+    errors = Local.run(which["ranks"], lambda transport: module.error(which, transport, CPU, torch.float64))
+    assert max(errors) < 1e-10
+
+
+@pytest.mark.parametrize(("module", "which"), [p for p in TINY if p.values[1].kernel != "gemm_beside"])
+def test_every_rank_hands_over_what_is_predicted(module: Any, which: Case) -> None:
+    work = module.work(which)
+    if which["ranks"] == 1:
+        assert counted(module, which) == [{}]
+        assert fold(work, quantity("wire_bytes")) == 0
+    else:
+        assert counted(module, which) == [predicted(work)] * which["ranks"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("module", MODULES)
+def test_cases_for_gpus_have_work_and_names_of_their_own(module: Any, ranks: int) -> None:
+    found = module.cases("ring", ranks)
+    assert len({c.key for c in found}) == len(found)
+    for which in found:
+        assert which["ranks"] == ranks
+        flops, moved, wire = (fold(module.work(which), quantity(name)) for name in ("flops", "hbm_bytes", "wire_bytes"))
+        assert flops + moved + wire > 0
+        assert math.isfinite(flops + moved + wire)
+
+
+# ---- decoding over a shared cache
+
+
+def test_helix_hands_over_the_same_whatever_the_context() -> None:
+    """Counted, not only predicted."""
+    short, long = (counted(decode, decode._case("helix", 4, 2, context, (16, 4, 16))) for context in (64, 4096))
+    assert short == long
+    assert set(short[0]) == {"all_to_all"}
+
+
+@pytest.mark.parametrize(("heads", "cache_ranks"), [((16, 4, 16), 2), ((16, 2, 16), 4), ((16, 4, 16), 1)])
+def test_helix_ranks_may_share_tokens_and_heads_at_once(heads: tuple[int, int, int], cache_ranks: int) -> None:
+    which = decode._case("helix", 4 if cache_ranks < 4 else 8, 2, 101, heads, cache_ranks)
+    errors = Local.run(which["ranks"], lambda transport: decode.error(which, transport, CPU, torch.float64))
+    assert max(errors) < 1e-10
+    if cache_ranks > 1:
+        assert counted(decode, which) == [predicted(decode.work(which))] * which["ranks"]
+
+
+@pytest.mark.parametrize("impl", decode.IMPLS)
+def test_unequal_shares_of_a_context_merge_to_the_same(impl: str) -> None:
+    which = decode._case(impl, 3, 2, 100, (6, 1 if impl == "dcp" else 3, 16))
+    errors = Local.run(3, lambda transport: decode.error(which, transport, CPU, torch.float64))
+    assert max(errors) < 1e-10
