@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +18,10 @@ from tests.support import leaves
 torch = pytest.importorskip("torch")
 
 from microbench.case import Case  # noqa: E402
-from microbench.ring import collectives, decode, experts, handover  # noqa: E402
+from microbench.ring import collectives, decode, experts, handover, tensor  # noqa: E402
 from microbench.ring.transport import Local, Transport  # noqa: E402
 
-MODULES = (collectives, decode, handover, experts)
+MODULES = (collectives, decode, handover, experts, tensor)
 RANKS = (1, 2, 3, 4, 8)
 CPU = torch.device("cpu")
 TINY = [pytest.param(m, c, id=f"{c.kernel}-{c.impl}-{c['ranks']}") for m in MODULES for n in RANKS for c in m.cases("tiny", n)]
@@ -27,7 +31,7 @@ def predicted(work: Work) -> dict[str, float]:
     """Payload bytes by pattern of one rank's messages."""
     found: Counter[str] = Counter()
     for times, op in leaves(work):
-        if isinstance(op, Message):
+        if isinstance(op, Message) and op.payload_bytes:
             found[op.pattern] += times * op.payload_bytes
     return dict(found)
 
@@ -141,3 +145,50 @@ def test_balanced_choices_give_every_rank_and_expert_as_many_rows(ranks: int, to
     assert to_ranks.tolist() == [tokens * 8] * ranks
     to_experts = torch.bincount(rows.flatten(), minlength=8 * ranks)
     assert int(to_experts.max() - to_experts.min()) <= 1
+
+
+# ---- processes
+
+
+#: What every process runs: each tiny case once, for its error and for what it hands over.
+PROGRAM = """
+import json, sys, datetime
+import torch
+import torch.distributed as dist
+from microbench.ring import collectives, decode, experts, handover, tensor
+from microbench.ring.transport import Distributed
+
+rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
+cpu, found = torch.device("cpu"), []
+for module in (collectives, decode, handover, experts, tensor):
+    for which in module.cases("tiny", size):
+        error = module.error(which, Distributed.world(), cpu, torch.float64)
+        transport = Distributed.world()
+        run = module.build(which, transport, cpu)
+        transport.counted.clear()
+        run()
+        found.append([which.key, error, dict(transport.counted)])
+dist.barrier()
+dist.destroy_process_group()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_find_and_hand_over_what_threads_do(size: int, tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(size), str(tmp_path / "store")],
+            cwd=Path(collectives.__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) for rank in range(size)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, "\n".join(err for _, err in told)
+    ranks = [json.loads(out) for out, _ in told]
+    cases = [(module, which) for module in MODULES for which in module.cases("tiny", size)]
+    assert [key for key, _, _ in ranks[0]] == [which.key for _, which in cases]
+    for index, (module, which) in enumerate(cases):
+        assert max(rank[index][1] for rank in ranks) < 1e-10, which.key
+        assert [rank[index][2] for rank in ranks] == counted(module, which), which.key
