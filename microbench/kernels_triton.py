@@ -252,7 +252,9 @@ def _latent_split(
 
 
 @triton.jit
-def _merge(partial, lse, out, splits, WIDTH: tl.constexpr):
+def _merge(
+    partial, lse, out, stats, splits, heads, own, out_stride, stats_stride, WIDTH: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     largest = tl.full([1], float("-inf"), tl.float32)
@@ -270,7 +272,51 @@ def _merge(partial, lse, out, splits, WIDTH: tl.constexpr):
         total = total * shrink + tl.sum(block * share[:, None], axis=0)
         weight = weight * shrink + tl.sum(share, axis=0)
         largest = higher
-    tl.store(out + head * WIDTH + column, (total / weight).to(out.dtype.element_ty))
+    # from sequence and head to rank, sequence and head of the rank
+    row = ((head % heads) // own * (tl.num_programs(0) // heads) + head // heads) * own + head % own
+    tl.store(out + row * out_stride + column, (total / weight).to(out.dtype.element_ty))
+    one = tl.arange(0, 1)
+    if STATS == 1:
+        tl.store(stats + row * stats_stride + one, largest + tl.log2(weight))
+    if STATS > 1:
+        tl.store(stats + row * stats_stride + one, largest)
+        tl.store(stats + row * stats_stride + 1 + one, weight)
+
+
+@triton.jit
+def _weigh(out, lse, others, weights, ranks, rows, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    one, column = tl.arange(0, 1), tl.arange(0, WIDTH)
+    largest = tl.full([1], float("-inf"), tl.float32)
+    weight = tl.zeros([1], tl.float32)
+    for rank in range(ranks):
+        score = tl.load(others + rank * rows + row + one)
+        higher = tl.maximum(largest, score)
+        weight = weight * tl.exp2(largest - higher) + tl.exp2(score - higher)
+        largest = higher
+    factor = tl.exp2(tl.load(lse + row + one) - largest) / weight
+    tl.store(weights + row + one, factor)
+    place = out + row * out_stride + column
+    tl.store(place, (tl.load(place).to(tl.float32) * factor).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _join(received, stats, out, ranks, rows, row_stride, stats_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    one, column = tl.arange(0, 1), tl.arange(0, WIDTH)
+    largest = tl.full([1], float("-inf"), tl.float32)
+    weight = tl.zeros([1], tl.float32)
+    total = tl.zeros([WIDTH], tl.float32)
+    for rank in range(ranks):
+        index = rank * rows + row
+        score = tl.load(stats + index * stats_stride + one)
+        higher = tl.maximum(largest, score)
+        shrink = tl.exp2(largest - higher)
+        share = tl.load(stats + index * stats_stride + 1 + one) * tl.exp2(score - higher)
+        total = total * shrink + tl.load(received + index * row_stride + column).to(tl.float32) * share
+        weight = weight * shrink + share
+        largest = higher
+    tl.store(out + row * WIDTH + column, (total / weight).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -417,25 +463,52 @@ def _slots(device: Any) -> int:
 class Paged:
     """Scratch and launch constants of a paged decode: made once, called with queries and caches.
 
-    `keys` is the longest context, from which the splits are chosen.
+    `keys` is the longest context, from which the splits are chosen.  `partial`: even a single split is merged, because its
+    log-sum-exp is asked for.
     """
 
-    def __init__(self, batch: int, heads: int, units: int, width: int, keys: int, device: Any) -> None:
+    def __init__(self, batch: int, heads: int, units: int, width: int, keys: int, device: Any, *, partial: bool = False) -> None:
         self.splits = split_count(units, _slots(device), keys)
-        shape = (batch, heads, self.splits) if self.splits > 1 else (1, 1, 1)
+        shape = (batch, heads, self.splits) if self.splits > 1 or partial else (1, 1, 1)
         self.partial = torch.empty((*shape, width), dtype=torch.float32, device=device)
         self.lse = torch.empty(shape, dtype=torch.float32, device=device)
 
     def merge(self, out: Any) -> None:
         """Weigh the splits by their log-sum-exp into `out` (batch, heads, width)."""
         if self.splits > 1:
-            width = out.shape[-1]
-            _merge[(out.numel() // width,)](self.partial, self.lse, out, self.splits, WIDTH=width, num_warps=4)
+            heads, width = out.shape[-2:]
+            _merge[(out.numel() // width,)](
+                self.partial, self.lse, out, out, self.splits, heads, heads, width, 0, WIDTH=width, STATS=0, num_warps=4
+            )
+
+    def merge_partial(self, out: Any, stats: Any) -> None:
+        """As `merge` into rows for several ranks, `out` (ranks, batch, heads / ranks, width), with base-2 `stats` of each: its
+        log-sum-exp, or its maximum and its sum.
+        """
+        ranks, batch, own, width = out.shape
+        _merge[(ranks * batch * own,)](
+            self.partial, self.lse, out, stats, self.splits, ranks * own, own, out.stride(2), stats.stride(2),
+            WIDTH=width, STATS=stats.shape[-1], num_warps=4,
+        )  # fmt: skip
 
 
-def paged_scratch(batch: int, heads: int, kv_heads: int, head_dim: int, keys: int, device: Any) -> Paged:
-    """Scratch of `paged_decode`."""
-    return Paged(batch, heads, batch * kv_heads, head_dim, keys, device)
+def weigh(out: Any, lse: Any, others: Any, weights: Any) -> None:
+    """Rows of `out` (ranks, batch, heads, width) times 2^(lse - log-sum-exp of `others`), which holds one or several to a row."""
+    rows = lse.numel()
+    _weigh[(rows,)](out, lse, others, weights, others.numel() // rows, rows, out.stride(2), WIDTH=out.shape[-1], num_warps=4)
+
+
+def join(received: Any, stats: Any, out: Any) -> None:
+    """Partial outputs `received` (ranks, batch, heads, width and more) with their (maximum, sum) into `out` (batch, heads, width)."""
+    ranks, batch, heads, _ = received.shape
+    _join[(batch * heads,)](
+        received, stats, out, ranks, batch * heads, received.stride(2), stats.stride(2), WIDTH=out.shape[-1], num_warps=4
+    )
+
+
+def paged_scratch(batch: int, heads: int, kv_heads: int, head_dim: int, keys: int, device: Any, *, partial: bool = False) -> Paged:
+    """Scratch of `paged_decode`, or of `paged_partial`."""
+    return Paged(batch, heads, batch * kv_heads, head_dim, keys, device, partial=partial)
 
 
 def paged_decode(query: Any, keys: Any, values: Any, table: Any, lengths: Any, out: Any, scratch: Paged) -> None:
@@ -444,6 +517,21 @@ def paged_decode(query: Any, keys: Any, values: Any, table: Any, lengths: Any, o
     query, out (batch, heads, D); keys, values (pages, page, kv_heads, D); table (batch, pages of a sequence) int32;
     lengths (batch) int32.
     """
+    _paged(query, keys, values, table, lengths, out, scratch, merged=scratch.splits > 1)
+    scratch.merge(out)
+
+
+def paged_partial(
+    query: Any, keys: Any, values: Any, table: Any, lengths: Any, out: Any, stats: Any, scratch: Paged
+) -> None:
+    """As `paged_decode` over some of the tokens: outputs and `stats` as `Paged.merge_partial` lays them out."""
+    _paged(query, keys, values, table, lengths, out, scratch, merged=True)
+    scratch.merge_partial(out, stats)
+
+
+def _paged(
+    query: Any, keys: Any, values: Any, table: Any, lengths: Any, out: Any, scratch: Paged, *, merged: bool
+) -> None:
     batch, heads, head_dim = query.shape
     _, page, kv_heads, _ = keys.shape
     group = heads // kv_heads
@@ -452,9 +540,8 @@ def paged_decode(query: Any, keys: Any, values: Any, table: Any, lengths: Any, o
         query, keys, values, table, lengths, out, scratch.partial, scratch.lse,
         head_dim**-0.5 * LOG2_E.value, scratch.splits, table.stride(0),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
-        PAGE=page, BLOCK=block, MERGED=scratch.splits > 1, num_warps=4, num_stages=3,
+        PAGE=page, BLOCK=block, MERGED=merged, num_warps=4, num_stages=3,
     )  # fmt: skip
-    scratch.merge(out)
 
 
 def head_block(heads: int) -> int:

@@ -17,7 +17,7 @@ from simulator.layers.layer import Layer
 from simulator.parallel import REGISTRY, Layout
 from simulator.parallel.expert import distinct_nodes
 from simulator.phases import Decode, Prefill, System
-from simulator.work import Message, fold, quantity
+from simulator.work import Message, Overlap, Serial, fold, quantity
 from tests.support import EVERY, MAIN, allows, leaves, legal, machine, model
 
 CACHE = CACHE_FORMATS["bf16"]
@@ -434,3 +434,20 @@ def test_sequence_parallelism_sends_the_bytes_of_tensor_parallelism() -> None:
         assert found == 448 * 2**20
     assert System(spec, Layout(tp=8, sp=8)).residual_bytes(8192.0) * 8 == System(spec, Layout(tp=8)).residual_bytes(8192.0)
     assert list(Layout(tp=8, sp=4).refusals(spec))
+
+
+@pytest.mark.parametrize("sp", [1, 8])
+def test_backward_sums_run_beside_the_weight_gradient_of_the_product_that_read_the_input(sp: int) -> None:
+    """Megatron-LM: with sequence parallelism the input is gathered again beside the other gradient, half the bytes more."""
+    spec, segment = model(LLAMA), (Segment(1.0, 8192.0, 0.0),)
+    placed = Layout(tp=8, sp=sp).place(spec)
+    for layer in (layer for _, layer in spec.counted if isinstance(layer, (Attention, GatedMLP))):
+        held = placed.shard(layer, segment)
+        there, back = (placed.work(layer, held, CACHE, direction) for direction in Direction)
+        assert fold(back, quantity("wire_bytes")) == fold(there, quantity("wire_bytes")) * (1.0 if sp == 1 else 1.5)
+        assert fold(back, quantity("tensor_flops")) == fold(layer.work(held, Direction.BACKWARD, cache=CACHE), quantity("tensor_flops"))
+        beside = {}
+        for part in (part for product in back.parts if isinstance(product, Serial) for part in product.parts if isinstance(part, Overlap)):
+            sent, computed = part.parts
+            beside[computed.name.split()[-1]] = [op.pattern for _, op in leaves(sent) if op.payload_bytes]
+        assert beside == ({"dW": ["all_reduce"]} if sp == 1 else {"dX": ["all_gather"], "dW": ["reduce_scatter"]})

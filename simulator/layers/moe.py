@@ -14,7 +14,7 @@ from simulator.kernels.elementwise import activation, backward, elementwise, nor
 from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.grouped_gemm import busiest_rank, experts_hit, grouped_gemm
 from simulator.layers.layer import Direction, Module, Slice
-from simulator.units import Count, Num, maximum
+from simulator.units import Count, Num, maximum, minimum
 from simulator.work import Op, Serial, Work
 
 
@@ -25,7 +25,8 @@ class MoE:
     `hash_routed` layers (DeepSeek-V4) look their experts up by token: the router's weights and
     work remain, so that the two are equal here.
 
-    Rows and distinct experts are those of the busiest expert rank under uniform routing.
+    Rows and distinct experts are those of the busiest expert rank under uniform routing; with `balanced` routing every rank
+    receives as many rows, and every expert that can be one (what benchmarks of engines force).
     Source: FORMULAS 1.19, 5.4.
     """
 
@@ -44,6 +45,7 @@ class MoE:
     hash_routed: bool = field(default=False, compare=False)
     shared_weight: WeightFormat | None = None
     norm_parameters: int = 1
+    balanced: bool = False
 
     @property
     def expert_width(self) -> int:
@@ -91,6 +93,9 @@ class MoE:
     def routed(self, held: Slice) -> tuple[Count, Count]:
         """Rows and distinct experts on the busiest expert rank."""
         tokens = held.tokens * held.token_ranks
+        if self.balanced:
+            rows = tokens * self.num_experts_per_tok / held.expert_ranks
+            return rows, minimum(rows, held.experts)
         if type(held.expert_ranks) is float and held.expert_ranks == 1.0:
             hit = experts_hit(
                 experts=held.experts, total_experts=self.num_experts, top_k=self.num_experts_per_tok, tokens=tokens

@@ -1,7 +1,9 @@
 """Sequence parallelism beside tensor parallelism: what tensor ranks would repeat (norms, residual stream) they share.
 
 Each all-reduce becomes a reduce-scatter after the layer and an all-gather before it: the same wire bytes, activations of
-the residual stream / t.  Source: Korthikanti et al. (2205.05198) section 4.2; FORMULAS 4.1, 5.2.
+the residual stream / t.  Backward gathers a layer's input once more, of which only a share was kept: half the wire bytes again,
+beside the input gradient of the product that reads it.
+Source: Korthikanti et al. (2205.05198) section 4.2; NVIDIA/Megatron-LM, core/tensor_parallel/layers.py; FORMULAS 4.1, 5.2.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from simulator.layers import Head
 from simulator.layers.layer import Direction, Layer, Slice
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, is_one
+from simulator.parallel.tensor import beside_product, reads_by_columns
 from simulator.units import where
 from simulator.work import Op, Repeat, Serial, Work
 
@@ -33,7 +36,12 @@ class Sequence(Scheme):
         backward = direction is Direction.BACKWARD
         own = len(work.parts) - 1 if backward else 0
         shared = [Repeat(1 / t, part) if i == own and isinstance(part, Op) and part.impl == "norm" else part for i, part in enumerate(work.parts)]
-        return Serial([gather, *shared] if backward else [shared[0], gather, *shared[1:]])
+        if not backward:
+            return Serial([shared[0], gather, *shared[1:]])
+        if not reads_by_columns(layer):
+            return Serial([gather, *shared])
+        again = message("sequence all-gather again", "all_gather", group=self.layout.groups["tp"], payload_bytes=payload)
+        return beside_product(Serial([gather, *shared]), 0, [again])
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:  # noqa: ARG002 (any model)
         """It splits over the tensor group and no other."""

@@ -1,7 +1,8 @@
 """Tensor parallelism: heads, widths and vocabulary split over t ranks; one all-reduce after each layer.
 
 Payload T D e per all-reduce (FORMULAS 5.2).  Replicated: norms, routers, latent down-projections, and key-value heads
-when t exceeds their number.
+when t exceeds their number.  Backward the gradient by a layer's input is summed, beside the weight gradient of the product
+that made it, where one column-split product reads the input (NVIDIA/Megatron-LM, core/tensor_parallel/layers.py).
 """
 
 from __future__ import annotations
@@ -11,15 +12,30 @@ from collections.abc import Iterator
 
 from simulator.dtypes import BF16, CacheFormat
 from simulator.kernels.messages import message
-from simulator.layers import MLP, GatedMLP, Head, HyperConnection, Linear, MoE
+from simulator.layers import MLP, Attention, GatedMLP, Head, HyperConnection, Linear, MoE
 from simulator.layers.layer import Direction, Layer, Slice, is_mixer, tensor_share
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
 from simulator.units import where
-from simulator.work import Serial, Work
+from simulator.work import Overlap, Serial, Work
 
 #: Elements of the longest scale block along one axis; larger ones are squares.
 _ROW_BLOCK = 128
+
+
+def reads_by_columns(layer: Layer) -> bool:
+    """Whether one column-split product reads the layer's normed input: the last but one step of its backward."""
+    return isinstance(layer, (Attention, GatedMLP, MLP))
+
+
+def beside_product(work: Work, gradient: int, messages: list[Work]) -> Work:
+    """The same backward with messages beside a gradient of that product: by its input (0) or its weight (1)."""
+    assert isinstance(work, Serial)
+    *others, product, last = work.parts
+    assert isinstance(product, Serial)
+    halves = list(product.parts)
+    halves[gradient] = Overlap([*messages, halves[gradient]]) if len(messages) == 1 else Overlap([Serial(messages), halves[gradient]])
+    return Serial([*others, Serial(halves), last])
 
 
 class Tensor(Scheme):
@@ -43,7 +59,7 @@ class Tensor(Scheme):
             return held._replace(intermediate=held.intermediate / t, tensor_ranks=t)
         return held._replace(vocabulary=held.vocabulary / t, tensor_ranks=t)
 
-    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat, direction: Direction) -> Work:  # noqa: ARG002
+    def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat, direction: Direction) -> Work:  # noqa: ARG002 (any cache)
         """All-reduce of the layer's output; all-gather of the logits.
 
         Experts reached by an all-to-all return whole rows to the rank that asked, which holds 1 / t of the tokens:
@@ -64,13 +80,15 @@ class Tensor(Scheme):
                 message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload),
             ])  # fmt: skip
         if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
+            sums: list[Work] = []
             if not is_one(self.layout.sp):
                 shared = where(self.layout.sp > 1, 1.0, 0.0)
-                return Serial([
-                    work, message("sequence reduce-scatter", "reduce_scatter", group=group, payload_bytes=payload * shared),
-                    message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload * (1 - shared)),
-                ])  # fmt: skip
-            return Serial([work, message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload)])
+                sums.append(message("sequence reduce-scatter", "reduce_scatter", group=group, payload_bytes=payload * shared))
+                payload = payload * (1 - shared)
+            sums.append(message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload))
+            if direction is Direction.BACKWARD and reads_by_columns(layer):
+                return beside_product(work, 1, sums)
+            return Serial([work, *sums])
         travels = where(self.layout.dp_attention > 1, 1.0, 0.0)
         return Serial([
             work, message("gather tokens", "all_gather", group=group, payload_bytes=payload * travels),
