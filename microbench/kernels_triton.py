@@ -301,7 +301,7 @@ def _weigh(out, lse, others, weights, ranks, rows, out_stride, WIDTH: tl.constex
 
 
 @triton.jit
-def _join(received, stats, out, ranks, rows, row_stride, stats_stride, WIDTH: tl.constexpr):
+def _join_ranks(received, stats, out, ranks, rows, row_stride, stats_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     one, column = tl.arange(0, 1), tl.arange(0, WIDTH)
     largest = tl.full([1], float("-inf"), tl.float32)
@@ -498,10 +498,10 @@ def weigh(out: Any, lse: Any, others: Any, weights: Any) -> None:
     _weigh[(rows,)](out, lse, others, weights, others.numel() // rows, rows, out.stride(2), WIDTH=out.shape[-1], num_warps=4)
 
 
-def join(received: Any, stats: Any, out: Any) -> None:
+def join_ranks(received: Any, stats: Any, out: Any) -> None:
     """Partial outputs `received` (ranks, batch, heads, width and more) with their (maximum, sum) into `out` (batch, heads, width)."""
     ranks, batch, heads, _ = received.shape
-    _join[(batch * heads,)](
+    _join_ranks[(batch * heads,)](
         received, stats, out, ranks, batch * heads, received.stride(2), stats.stride(2), WIDTH=out.shape[-1], num_warps=4
     )
 

@@ -27,6 +27,7 @@ from simulator.work import Group, Repeat, Work
 
 KERNELS: tuple[str, ...] = ("collective", "gemm_beside")
 PATTERNS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
+IMPLS = (*PATTERNS, "none")
 #: 1 KiB to 4 GiB in powers of 4.
 PAYLOADS = tuple(4**i for i in range(5, 17))
 #: Payloads measured beside products; those that a product is measured beside last long enough for the host to launch the next.

@@ -35,6 +35,7 @@ from microbench.ring.program import (
     is_backward,
     over,
     past_of,
+    ways,
     work_of,
 )  # fmt: skip
 from microbench.ring.transport import DONE, Transport
@@ -378,10 +379,15 @@ def cases(suite: str, ranks: int) -> list[Case]:
     more: dict[str, dict[str, int]] = {"double.zigzag": {"inner": inner}}
     found = []
     for impl in IMPLS:
-        backward = (False,) if impl.startswith(("ring_q", "double")) else (False, True)
+        if suite != "tiny" and impl.startswith("double") and inner == ranks:
+            continue  # a ring of one ring
+        forward = impl.startswith(("ring_q", "double"))
         for layout in ((4, 2, 16),) if suite == "tiny" else LAYOUTS:
             for tokens in (16,) if suite == "tiny" else LENGTHS:
-                found += [over(impl, layout, ranks=ranks, tokens=tokens, backward=way, **more.get(impl, {})) for way in backward]
+                found += [
+                    over(impl, layout, ranks=ranks, tokens=tokens, backward=way, **more.get(impl, {}))
+                    for way in ((False,) if forward else ways(tokens))
+                ]
         if suite != "tiny" and impl == "ring_kv.zigzag":
             found.append(over(impl, LAYOUTS[0], ranks=ranks, tokens=LONGEST))
     return found

@@ -228,7 +228,7 @@ def join(received: Any, wide: Any, result: Any) -> None:
     if received.is_cuda:
         from microbench import kernels_triton  # noqa: PLC0415 (needs a GPU)
 
-        kernels_triton.join(received, stats, result)
+        kernels_triton.join_ranks(received, stats, result)
         return
     share = stats[..., 1] * torch.exp2(stats[..., 0] - stats[..., 0].amax(0))
     share = share / share.sum(0)

@@ -29,6 +29,7 @@ from simulator.parallel import Layout
 from simulator.work import Serial, Work
 
 KERNELS: tuple[str, ...] = ("expert_layer",)
+IMPLS = ("ep",)
 #: (hidden, experts, experts per token, width): Qwen3-30B-A3B, DeepSeek-V3 without its shared expert.
 SHAPES = ((2048, 128, 8, 768), (7168, 256, 8, 2048))
 TOKENS = (1, 16, 128, 1024, 4096, 16384)

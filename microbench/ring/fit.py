@@ -73,7 +73,7 @@ def gathered(folder: Path) -> tuple[Gpu, list[Row]]:
         parts.add(facts["gpu"])
         for row in rows:
             which = case_of(row)
-            found[which, row["backend"]] = Row(which, row["backend"], float(row["p50_s"]), float(row["silent_s"]))
+            found[which, row["backend"]] = Row(which, row["backend"], float(row["p50_s"]), float(row["silent_s"] or 0.0))
     if len(parts) != 1:
         message = f"{folder}: {'runs of several GPUs, ' + ', '.join(sorted(parts)) if parts else 'no runs of a GPU'}; give each its own folder"
         raise ValueError(message)

@@ -22,6 +22,7 @@ from simulator.parallel import Layout
 from simulator.work import Overlap, Repeat, Serial, Work
 
 KERNELS: tuple[str, ...] = ("pipeline_handover",)
+IMPLS = ("send",)
 #: (hidden, width of a stage's products): Llama-3.1-8B, Llama-3.1-70B.
 SHAPES = ((4096, 14336), (8192, 28672))
 TOKENS = (1, 64, 512, 2048, 8192, 32768)

@@ -36,6 +36,8 @@ LAYOUTS = ((32, 8, 128), (8, 1, 128), (64, 8, 64))
 #: New tokens of a rank.
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 LONGEST = 262144
+#: The most that a backward pass is measured at.
+LONGEST_BACKWARD = 65536
 
 
 class Inputs(NamedTuple):
@@ -91,6 +93,11 @@ class Scratch:
     def like(self, name: str, tensor: Any, kind: Any = None) -> Any:
         """One of the shape of `tensor`."""
         return self(name, tuple(tensor.shape), kind or tensor.dtype)
+
+
+def ways(tokens: int) -> tuple[bool, ...]:
+    """Forward, and backward where it is not too long."""
+    return (False, True) if tokens <= LONGEST_BACKWARD else (False,)
 
 
 def is_backward(which: Case) -> bool:

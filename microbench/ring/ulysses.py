@@ -31,6 +31,7 @@ from microbench.ring.program import (
     checked,
     over,
     past_of,
+    ways,
     work_of,
 )  # fmt: skip
 from microbench.ring.transport import Transport
@@ -155,12 +156,14 @@ def cases(suite: str, ranks: int) -> list[Case]:
     found = []
     tiny = (4 * ranks, 2 * ranks, 16)
     for impl in IMPLS:
+        if suite != "tiny" and impl == "usp" and inner == ranks:
+            continue  # a ring of one
         more = {"inner": inner} if impl == "usp" else {}
         for layout in (tiny,) if suite == "tiny" else LAYOUTS:
             u = more.get("inner", ranks)
             if layout[0] % u == 0 and (layout[1] % u == 0 or u % layout[1] == 0):
                 for tokens in (16,) if suite == "tiny" else LENGTHS:
-                    found += [over(impl, layout, ranks=ranks, tokens=tokens, backward=way, **more) for way in (False, True)]
+                    found += [over(impl, layout, ranks=ranks, tokens=tokens, backward=way, **more) for way in ways(tokens)]
     return found
 
 
