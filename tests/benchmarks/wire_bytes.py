@@ -98,7 +98,8 @@ def bridge_main(ranks: int) -> int:
                 )
                 for rank, home in enumerate(homes)
             ]
-            if any([process.wait(timeout=300) for process in running]):
+            codes = [process.wait(timeout=300) for process in running]
+            if any(codes):
                 return 1
             rows = [json.loads(file.read_text()) for file in files]
         finally:
