@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-BENCHMARKS = sorted(str(file) for file in (Path(__file__).parent / "microbench").glob("*.py"))
+BENCHMARKS = sorted(str(file) for file in (Path(__file__).parent / "microbench").rglob("*.py"))
 WITHOUT_TORCH = ("__init__", "case", "cli")
 
 collect_ignore: list[str] = []
