@@ -164,6 +164,8 @@ def _run(rank: Rank, folder: Path, limit_s: float, only: tuple[str, ...], progre
     stamp = str(facts["date"]).replace(":", "").replace("-", "")
     file = folder / f"ring-{rank.backend}-{''.join(c if c.isalnum() else '-' for c in str(facts['gpu']).lower())}-{stamp}.csv"
     rows: list[Mapping[str, Any]] = []
+    if isinstance(rank.world, Distributed):
+        rank.world.prepare(groups)
     transports = {r: rank.transport(r) for r in groups}
     sensors, checked, skipped, start = Sensors(rank.device), {}, [], time.monotonic()  # type: ignore[var-annotated]
     for index, which in enumerate(todo):
