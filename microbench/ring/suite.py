@@ -218,7 +218,7 @@ def _row(which: Case, transport: Transport, rank: Rank, sensors: Sensors, checke
     transport.calls.clear()
     run()
     sent = " ".join(f"{pattern}={size}" for pattern, size in sorted(transport.counted.items()))
-    # what runs beside on a stream of its own is never waited for, which a graph does not allow
+    # calls beside products last longer than their launches: nothing to gain from a graph
     taken, reading, captured = _timed(run, transport, rank.device, sensors, captured=not which.get("beside"))
     p20, p50, p80 = transport.agree([float(np.percentile(taken, q)) for q in (20, 50, 80)])
     return {
