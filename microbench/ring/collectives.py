@@ -1,9 +1,8 @@
-"""Collectives and sends alone, and beside a matrix product.
+"""Collectives and sends alone, and beside matrix products.
 
-`collective`: seconds of `calls` calls in a row.  With `beside` = 1 products of 8192^3 run without pause on a second stream,
-and the row is still the collective's seconds; short ones come several to a row, so that what starts the products is little
-of it.  `gemm_beside`: seconds of one such product while collectives follow each other on a second stream (`beside` = 1) or
-alone (`beside` = 0).  Rows with `beside` 0 and 1 are one interference: seconds of the second over seconds of the first.
+`collective`: seconds of one call.  `gemm_beside`: `calls` calls in a row on one stream, beside `gemms` products of 8192^3 in a
+row on another; both start together and a row ends with the later of the two.  With the products the longer it shows what
+messages cost them, with the calls the longer what products cost messages; "none" is products alone.
 
 Payloads are nccl-tests', in bf16.  A send goes to the next rank while one comes from the rank before.
 On a CPU there is no second stream: what runs beside runs before.
@@ -11,8 +10,6 @@ On a CPU there is no second stream: what runs beside runs before.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,44 +20,39 @@ from microbench.ring.shapes import drawn, filled
 from microbench.ring.transport import Pending, Transport
 from simulator.kernels.gemm import gemm
 from simulator.kernels.messages import message
-from simulator.work import Group, Repeat, Work
+from simulator.work import Group, Overlap, Repeat, Work
 
 KERNELS: tuple[str, ...] = ("collective", "gemm_beside")
 PATTERNS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
 IMPLS = (*PATTERNS, "none")
 #: 1 KiB to 4 GiB in powers of 4.
 PAYLOADS = tuple(4**i for i in range(5, 17))
-#: Payloads measured beside products; those that a product is measured beside last long enough for the host to launch the next.
-BESIDE, BESIDE_GEMM = (4**8, 4**11, 4**13, 4**15), (4**11, 4**13, 4**15)
-#: Calls of a row beside products, for payloads below SHORT bytes.
-CALLS, SHORT = 16, 4**13
+#: (payload, calls, products) beside each other: the products take longer, then the calls.  Neither is so short that the host
+#: cannot launch the next in time.
+BESIDE = (
+    (4**11, 48, 4), (4**11, 128, 2), (4**13, 12, 4), (4**13, 24, 2), (4**15, 1, 5), (4**15, 2, 2),
+)  # fmt: skip
 #: Extent of the square product.
 GEMM = 8192
 GEMM_TINY = 64
-#: How much longer what runs beside is than what it accompanies.
-COVER = 1.5
 
 
 def cases(suite: str, ranks: int) -> list[Case]:
-    """Every pattern over payloads, alone and beside a product, and the product beside each pattern."""
+    """Every pattern over payloads, alone and beside products, and products alone."""
     if suite == "tiny":
-        return [
-            *(_alone(p, ranks, 48 * 1024) for p in PATTERNS),
-            case("collective", "all_reduce", "bf16", ranks=ranks, payload_bytes=48 * 1024, beside=1, calls=2, gemm=GEMM_TINY),
-            case("gemm_beside", "all_reduce", "bf16", ranks=ranks, payload_bytes=48 * 1024, beside=1, gemm=GEMM_TINY),
-        ]
-    found = [_alone(p, ranks, size) for p in PATTERNS for size in PAYLOADS]
-    for pattern in PATTERNS:
-        for size in BESIDE:
-            calls = CALLS if size < SHORT else 1
-            found.append(case("collective", pattern, "bf16", ranks=ranks, payload_bytes=size, beside=1, calls=calls, gemm=GEMM))
-    found.append(case("gemm_beside", "none", "bf16", ranks=ranks, payload_bytes=0, beside=0, gemm=GEMM))
-    found += [case("gemm_beside", p, "bf16", ranks=ranks, payload_bytes=s, beside=1, gemm=GEMM) for p in PATTERNS for s in BESIDE_GEMM]
-    return found
+        return [*(_alone(p, ranks, 48 * 1024) for p in PATTERNS), _beside("all_reduce", ranks, 48 * 1024, 2, 3, GEMM_TINY)]
+    return [
+        *(_alone(p, ranks, size) for p in PATTERNS for size in PAYLOADS), _beside("none", ranks, 0, 0, 4, GEMM),
+        *(_beside(p, ranks, *sizes, GEMM) for p in PATTERNS for sizes in BESIDE),
+    ]  # fmt: skip
 
 
 def _alone(pattern: str, ranks: int, payload: int) -> Case:
     return case("collective", pattern, "bf16", ranks=ranks, payload_bytes=payload, beside=0, calls=1)
+
+
+def _beside(pattern: str, ranks: int, payload: int, calls: int, gemms: int, size: int) -> Case:
+    return case("gemm_beside", pattern, "bf16", ranks=ranks, payload_bytes=payload, beside=1, calls=calls, gemms=gemms, gemm=size)
 
 
 def payload_of(which: Case) -> int:
@@ -70,12 +62,16 @@ def payload_of(which: Case) -> int:
 
 
 def work(which: Case) -> Work:
-    """The timed part: messages, or one product."""
-    if which.kernel == "gemm_beside":
-        size = float(which["gemm"])
-        return gemm("gemm", m=size, n=size, k=size)
-    one = message(which.impl, which.impl, group=Group("ranks", float(which["ranks"])), payload_bytes=float(payload_of(which)))
-    return one if which["calls"] == 1 else Repeat(float(which["calls"]), one)
+    """One message, or several beside products."""
+    group = Group("ranks", float(which["ranks"]))
+    if which.kernel == "collective":
+        return message(which.impl, which.impl, group=group, payload_bytes=float(payload_of(which)))
+    size = float(which["gemm"])
+    products = Repeat(float(which["gemms"]), gemm("gemm", m=size, n=size, k=size))
+    if which.impl == "none":
+        return products
+    one = message(which.impl, which.impl, group=group, payload_bytes=float(payload_of(which)))
+    return Overlap([Repeat(float(which["calls"]), one), products])
 
 
 class Call:
@@ -103,70 +99,38 @@ class Call:
 
 
 def build(which: Case, transport: Transport, device: Any) -> Callable[[], Any]:
-    """What is timed, on the current stream, and what runs beside it on a stream of its own.
-
-    The current stream waits only for what is timed: synchronise the device after the last run.
-    """
+    """The calls, and the products on a stream of their own, which the current stream waits for."""
     collective = None if which.impl == "none" else Call(which.impl, payload_of(which), transport, device)
 
-    def call() -> None:
-        assert collective is not None
-        collective().wait()
-
     def calls() -> None:
-        for _ in range(which.get("calls", 1)):
-            call()
+        for _ in range(which["calls"]):
+            assert collective is not None
+            collective().wait()
 
-    if which.kernel == "collective" and not which["beside"]:
+    if which.kernel == "collective":
         return calls
     size = which["gemm"]
     left, right, out = (filled((size, size), device) for _ in range(3))
 
-    def product() -> None:
-        torch.mm(left, right, out=out)
+    def products() -> None:
+        for _ in range(which["gemms"]):
+            torch.mm(left, right, out=out)
 
-    if not which["beside"]:
-        return product
-    timed, other = (calls, product) if which.kernel == "collective" else (product, call)
-    count = _times(timed, other, transport, device)
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def aside() -> None:
-        if side is None:
-            other()
-            return
-        # not before the timed part of the run before has ended: otherwise the host would run ahead without end
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(count):
-                other()
-
     def run() -> None:
-        # products are few and must be under way; collectives are many: those launched after one product run beside the next
-        for step in (aside, timed) if which.kernel == "collective" else (timed, aside):
-            step()
+        if side is None:
+            products()
+            calls()
+            return
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            products()
+        calls()
+        current.wait_stream(side)
 
     return run
-
-
-def _times(timed: Callable[[], None], other: Callable[[], None], transport: Transport, device: Any) -> int:
-    """How many of `other` outlast `timed`: the same number on every rank, from the slowest rank's seconds of both."""
-    if device.type != "cuda":
-        return 1
-    seconds = torch.tensor([_seconds(timed), _seconds(other)], device=device)
-    transport.all_reduce(seconds, most=True).wait()
-    first, second = (float(s) for s in seconds)
-    return math.ceil(COVER * first / second) + 1
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / 3
 
 
 def error(which: Case, transport: Transport, device: Any, dtype: Any) -> float:

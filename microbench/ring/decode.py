@@ -4,7 +4,7 @@ their log-sum-exp.
 - "dcp": a rank makes the queries of its own heads.  All-gather of queries, attention with everyone's heads, all-gather of the
   log-sum-exps, reduce-scatter of the outputs weighed by them (vLLM, cp_lse_ag_out_rs).
 - "helix": queries are made by all ranks that share the cache.  Attention, then one all-to-all hands each rank the partial
-  outputs of its own heads, each with its maximum and its sum (TensorRT-LLM, helixAllToAll).  `cache_ranks` h of n ranks share
+  outputs of its own heads, each with its maximum and its sum (TensorRT-LLM, alltoall_helix).  `cache_ranks` h of n ranks share
   tokens (all of them by default); the others split heads.
 - "tree": queries are everywhere.  Attention, then three all-reduces: maximum, numerator, denominator (2408.04093).
 

@@ -164,6 +164,8 @@ def _run(rank: Rank, folder: Path, limit_s: float, only: tuple[str, ...], progre
     stamp = str(facts["date"]).replace(":", "").replace("-", "")
     file = folder / f"ring-{rank.backend}-{''.join(c if c.isalnum() else '-' for c in str(facts['gpu']).lower())}-{stamp}.csv"
     rows: list[Mapping[str, Any]] = []
+    if isinstance(rank.world, Distributed):
+        rank.world.prepare(groups)
     transports = {r: rank.transport(r) for r in groups}
     sensors, checked, skipped, start = Sensors(rank.device), {}, [], time.monotonic()  # type: ignore[var-annotated]
     for index, which in enumerate(todo):
@@ -216,7 +218,7 @@ def _row(which: Case, transport: Transport, rank: Rank, sensors: Sensors, checke
     transport.calls.clear()
     run()
     sent = " ".join(f"{pattern}={size}" for pattern, size in sorted(transport.counted.items()))
-    # what runs beside on a stream of its own is never waited for, which a graph does not allow
+    # calls beside products last longer than their launches: nothing to gain from a graph
     taken, reading, captured = _timed(run, transport, rank.device, sensors, captured=not which.get("beside"))
     p20, p50, p80 = transport.agree([float(np.percentile(taken, q)) for q in (20, 50, 80)])
     return {

@@ -130,10 +130,11 @@ class Transport:
 
 @dataclass
 class Distributed(Transport):
-    """A rank of a torch.distributed group; `ranks` are its global ranks."""
+    """A rank of a torch.distributed group; `ranks` are its global ranks.  `made`: handles of sub-groups made beforehand."""
 
     ranks: tuple[int, ...] = ()
     handle: Any = None
+    made: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     @staticmethod
     def world() -> Distributed:
@@ -141,13 +142,28 @@ class Distributed(Transport):
         size = dist.get_world_size()
         return Distributed(dist.get_rank(), size, ranks=tuple(range(size)), handle=dist.group.WORLD)
 
+    def prepare(self, sizes: Sequence[int]) -> None:
+        """Make every block and every stride of the first n ranks, for n of `sizes`: torch wants all ranks of the world for that
+        (NCCL splits its communicator), those of a smaller group that asks later are not enough.  Called by the whole world.
+        """
+        for n in sizes:
+            for d in (d for d in range(2, n) if n % d == 0):
+                for chosen in [*(range(first, first + d) for first in range(0, n, d)), *(range(first, n, n // d) for first in range(n // d))]:
+                    ranks = tuple(chosen)
+                    if ranks not in self.made:
+                        self.made[ranks] = dist.new_group(list(ranks))
+
     def group(self, ranks: Sequence[int]) -> Distributed:
-        """A process group of some of this one's ranks: all ranks gather who wants which, then make them all in one order."""
-        wanted: list[Any] = [None] * self.size
-        dist.all_gather_object(wanted, tuple(self.ranks[r] for r in ranks), group=self.handle)
-        made = {chosen: dist.new_group(list(chosen)) for chosen in dict.fromkeys(wanted)}
-        mine = wanted[self.rank]
-        return Distributed(mine.index(self.ranks[self.rank]), len(mine), self.counted, self.calls, mine, made[mine])
+        """A process group of some of this one's ranks: one made beforehand, or else, of the world, all ranks gather who wants
+        which, then make them all in one order.
+        """
+        mine = tuple(self.ranks[r] for r in ranks)
+        handle = self.made.get(mine)
+        if handle is None:
+            wanted: list[Any] = [None] * self.size
+            dist.all_gather_object(wanted, mine, group=self.handle)
+            handle = {chosen: dist.new_group(list(chosen)) for chosen in dict.fromkeys(wanted)}[mine]
+        return Distributed(mine.index(self.ranks[self.rank]), len(mine), self.counted, self.calls, mine, handle, self.made)
 
     def agree(self, values: list[float]) -> list[float]:
         """By gloo, which the group must carry for tensors of the host."""

@@ -287,8 +287,9 @@ class Context(Scheme):
     def _decode(self, layer: Mixer, held: Slice, cache: CacheFormat) -> Work:
         """Every rank attends with everyone's queries to its own keys; outputs return and are merged by their LSE.
 
-        merge "gather": queries all-gathered, outputs by an all-to-all.  "tree": queries are everywhere, and three
-        all-reduces (maximum, numerator, denominator) leave the result everywhere.  Source: 2411.01783 Alg. 4; 2408.04093.
+        merge "gather": queries all-gathered, outputs by an all-to-all and merged by one kernel.  "tree": queries are
+        everywhere, and three all-reduces (maximum, numerator, denominator) leave the result everywhere; one kernel makes the
+        numerator, one divides.  Source: 2411.01783 Alg. 4; 2408.04093.
         """
         n, group = self.degree, self.layout.groups["cp"]
         reach = halo_tokens(layer, held)
@@ -301,9 +302,11 @@ class Context(Scheme):
         queries, outputs = layer.query_elements(held), layer.output_elements(held)
         if self.layout.merge == "tree":
             return Serial([core, *tree_merge(tokens, held.heads, outputs, group)])
+        join = elementwise("merge outputs", rows=tokens, read=outputs, written=outputs / n, impl="merge")
         return Serial([
             message("gather queries", "all_gather", group=group, payload_bytes=tokens * queries * BF16.bytes), core,
             message("return outputs", "all_to_all", group=group, payload_bytes=tokens * (outputs * BF16.bytes + held.heads * FP32.bytes)),
+            Repeat(where(n > 1, 1.0, 0.0), join),
         ])  # fmt: skip
 
     def classes(self) -> list[str]:
@@ -385,13 +388,14 @@ def merge(tokens: Num, outputs: Num) -> Work:
 
 
 def tree_merge(tokens: Num, heads: Num, outputs: Num, group: Any) -> list[Work]:
-    """Three all-reduces: maximum and denominator (fp32 per head), numerator (bf16 outputs)."""
+    """Three all-reduces: maximum and denominator (fp32 per head), numerator (bf16 outputs), made and divided in place."""
     small = tokens * heads * FP32.bytes
+    scale = Repeat(where(group.ranks > 1, 1.0, 0.0), elementwise("scale outputs", rows=tokens, read=outputs, written=outputs, impl="merge"))
     return [
-        message("maximum", "all_reduce", group=group, payload_bytes=small),
+        message("maximum", "all_reduce", group=group, payload_bytes=small), scale,
         message("numerator", "all_reduce", group=group, payload_bytes=tokens * outputs * BF16.bytes),
-        message("denominator", "all_reduce", group=group, payload_bytes=small),
-    ]
+        message("denominator", "all_reduce", group=group, payload_bytes=small), scale,
+    ]  # fmt: skip
 
 
 __all__ = [

@@ -2,7 +2,8 @@
 
 It adds no GPUs: it removes the copies that tensor parallelism makes of a latent row, or of key-value heads beyond
 their number.  Decode gathers queries, attends to its own tokens with everyone's heads, and merges outputs by their
-log-sum-exp.  Prefill gathers the past (latents) or the queries.  Source: FORMULAS 5.8; vLLM docs, context_parallel_deployment.
+log-sum-exp: one kernel weighs the outputs before they are summed.  Prefill gathers the past (latents) or the queries.
+Source: FORMULAS 5.8; vLLM docs, context_parallel_deployment; vllm-project/vllm, cp_lse_ag_out_rs.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from simulator.dtypes import BF16, FP32, CacheFormat
+from simulator.kernels.elementwise import elementwise
 from simulator.kernels.messages import message
 from simulator.layers import Attention, LatentAttention
 from simulator.layers.layer import Direction, Layer, Slice, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
-from simulator.work import Serial, Work
+from simulator.units import where
+from simulator.work import Repeat, Serial, Work
 
 
 class DecodeContext(Scheme):
@@ -45,6 +48,8 @@ class DecodeContext(Scheme):
             queries, outputs = layer.query_elements(held) * BF16.bytes, layer.output_elements(held) * BF16.bytes
             before.append(message("gather queries", "all_gather", group=group, payload_bytes=tokens * queries))
             after.append(message("gather lse", "all_gather", group=group, payload_bytes=tokens * c * held.heads * FP32.bytes))
+            weigh = elementwise("weigh outputs", rows=tokens, read=outputs / BF16.bytes, written=outputs / BF16.bytes, impl="merge")
+            after.append(Repeat(where(c > 1, 1.0, 0.0), weigh))
             after.append(message("merge outputs", "reduce_scatter", group=group, payload_bytes=tokens * outputs))
         return Serial([*before, work, *after])
 

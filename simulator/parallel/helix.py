@@ -2,9 +2,10 @@
 
 Each rank makes the queries of its t / h share whole (h ranks make the same), attends to 1 / h of the tokens, and one
 all-to-all hands every rank the partial outputs of its own heads with their log-sum-exp:
-(h - 1) / h B (n_q h / t)(d_v e + 2 x 4) bytes a layer, whatever the context.  A rank of t / h <= n_kv holds no copy of a
-key-value head.  Prefill gathers the past, as ranks that share a cache do.
-Source: Helix Parallelism (2507.07120); FORMULAS 5.8.
+(h - 1) / h B (n_q h / t)(d_v e + 2 x 4) bytes a layer, whatever the context (a maximum and a sum in fp32 with each output).
+One kernel merges the h partial outputs of a head.  A rank of t / h <= n_kv holds no copy of a key-value head.  Prefill gathers
+the past, as ranks that share a cache do.
+Source: Helix Parallelism (2507.07120); NVIDIA/TensorRT-LLM, alltoall_helix; FORMULAS 5.8.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from simulator.dtypes import BF16, FP32, CacheFormat
+from simulator.kernels.elementwise import elementwise
 from simulator.kernels.messages import message
 from simulator.layers import Attention
 from simulator.layers.layer import Direction, Layer, Slice, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.scheme import Scheme, divisors, is_one
-from simulator.units import maximum
-from simulator.work import Serial, Work
+from simulator.units import maximum, where
+from simulator.work import Repeat, Serial, Work
 
 
 class Helix(Scheme):
@@ -47,8 +49,11 @@ class Helix(Scheme):
                 rows = segment.sequences * segment.mean_prefix * cache.row_bytes(layer.cache_row(held))
                 before.append(message("gather past", "all_gather", group=group, payload_bytes=rows))
                 continue
-            partial = (layer.output_elements(held) * BF16.bytes + held.heads * (2 * FP32.bytes)) * h
+            outputs = layer.output_elements(held)
+            partial = (outputs * BF16.bytes + held.heads * (2 * FP32.bytes)) * h
             after.append(message("hand over outputs", "all_to_all", group=group, payload_bytes=segment.tokens * partial))
+            join = elementwise("merge outputs", rows=segment.tokens, read=outputs * h, written=outputs, impl="merge")
+            after.append(Repeat(where(h > 1, 1.0, 0.0), join))
         return Serial([*before, work, *after])
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:
