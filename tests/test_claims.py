@@ -11,7 +11,7 @@ import pytest
 from simulator import claims as told
 from simulator import training
 from simulator.claims import Claim, claims, ours
-from simulator.compare import active_parameters
+from simulator.compare import active_parameters, quantities
 from simulator.data import data_path
 from simulator.dtypes import CACHE_FORMATS
 from simulator.engines import Vllm
@@ -197,6 +197,11 @@ def multiplied(version: str) -> float:
     return float(active_parameters(spec)) - spec.vocab_size * spec.hidden_size
 
 
+def decoded(version: str) -> float:
+    """Useful FLOPs of one more token at a million."""
+    return quantities(model(f"deepseek-ai/DeepSeek-{version}"), 2**20).decode_flops
+
+
 ONE = Segment(1.0, 1.0, 0.0)
 PRO, FP4 = "deepseek-ai/DeepSeek-V4-Pro", "fp8_ds_v4_fp4_index"
 EXAMPLES: list[tuple[str, Callable[[], Any], float, float]] = [
@@ -208,6 +213,8 @@ EXAMPLES: list[tuple[str, Callable[[], Any], float, float]] = [
     ("1.13 weights that multiply a token of V4-Pro, published 49B", lambda: multiplied("V4-Pro"), 48.87e9, 2e-3),
     ("1.13 of V4-Flash, published 13B", lambda: multiplied("V4-Flash"), 13.2766e9, 2e-3),
     ("1.13 of V3.2, published 37B", lambda: multiplied("V3.2"), 37.5e9, 2e-3),
+    ("1.13 FLOPs of one more token at 1M, V4-Pro over V3.2", lambda: decoded("V4-Pro") / decoded("V3.2"), 0.26195, 1e-3),
+    ("1.13 V4-Flash over V3.2", lambda: decoded("V4-Flash") / decoded("V3.2"), 0.12123, 1e-3),
     ("1.14 MoBA at 1M", lambda: Causal().cumulative(M1) / Blocks(4096, 12).cumulative(M1), 11.3856, 1e-5),
     ("2.1 Llama 70B at 128K, GB", lambda: model(LLAMA).cache_bytes(K128) / 1e9, 42.9497, 1e-6),
     ("2.2 a CSA layer, bytes a token", lambda: rows_of(PRO, FP4, 4), 163.0, 0),
