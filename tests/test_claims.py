@@ -18,7 +18,7 @@ from simulator.engines import Vllm
 from simulator.engines.paging import paged_waste, reserved_waste
 from simulator.hardware import cluster, gpu
 from simulator.hf import with_formats
-from simulator.kernels.attention import Causal, Segment, Window, attention
+from simulator.kernels.attention import Causal, Segment, Window, attention, pairs
 from simulator.kernels.blocked_attention import blocked_attention_bytes
 from simulator.kernels.latent_attention import latent_attention
 from simulator.kernels.sparse_attention import BigBird, Blocks, TopK
@@ -205,10 +205,13 @@ def decoded(version: str) -> float:
 ONE = Segment(1.0, 1.0, 0.0)
 PRO, FP4 = "deepseek-ai/DeepSeek-V4-Pro", "fp8_ds_v4_fp4_index"
 EXAMPLES: list[tuple[str, Callable[[], Any], float, float]] = [
+    ("1.2 a backward pass of a Llama 70B layer at 128K", lambda: attention("a", Segment(1.0, K128, 0.0), heads=64.0, kv_heads=8.0, head_dim=128, backward=True).tensor_flops, 7.0369281e14, 1e-8),
+    ("1.2 half a difference of squares over exact, 8,192 after 122,880", lambda: (K128**2 - 122_880**2) / 2 / pairs(Causal(), Segment(1.0, 8192.0, 122_880.0)), 0.9999961, 1e-7),
     ("1.4 a pair absorbed over expanded", lambda: latent_attention("a", ONE, heads=128.0, kv_lora_rank=512, rope_head_dim=64).tensor_flops / attention("a", ONE, heads=128.0, kv_heads=128.0, head_dim=192, v_head_dim=128).tensor_flops, 3.4, 0),
     ("1.5 a window of 4,096 at 128K", lambda: Causal().cumulative(K128) / Window(4096).cumulative(K128), 16.25, 5e-4),
     ("1.5 N W over exact at N = 2 W", lambda: 8192 * 4096 / Window(4096).cumulative(8192.0), 1.33322, 1e-5),
     ("1.10 BigBird's share of N^2", lambda: BigBird(64, 3).cumulative(4096.0) / 4096**2, 0.151855, 1e-5),
+    ("1.12 V3.2, bytes a token and layer", lambda: model("deepseek-ai/DeepSeek-V3.2").slope(CACHE_FORMATS["fp8_ds_mla"]) / 61, 788, 0),
     ("1.13 whole squares of the indexer over exact", lambda: M1 * (M1 // 4) / TopK(None, 4).cumulative(M1), 2.0, 1e-4),
     ("1.13 weights that multiply a token of V4-Pro, published 49B", lambda: multiplied("V4-Pro"), 48.87e9, 2e-3),
     ("1.13 of V4-Flash, published 13B", lambda: multiplied("V4-Flash"), 13.2766e9, 2e-3),
@@ -217,6 +220,8 @@ EXAMPLES: list[tuple[str, Callable[[], Any], float, float]] = [
     ("1.13 V4-Flash over V3.2", lambda: decoded("V4-Flash") / decoded("V3.2"), 0.12123, 1e-3),
     ("1.14 MoBA at 1M", lambda: Causal().cumulative(M1) / Blocks(4096, 12).cumulative(M1), 11.3856, 1e-5),
     ("2.1 Llama 70B at 128K, GB", lambda: model(LLAMA).cache_bytes(K128) / 1e9, 42.9497, 1e-6),
+    ("2.2 FlashMLA's 62 layers at 128K, GiB", lambda: model(V3).slope() / 61 * 62 * K128 / 2**30, 8.71875, 0),
+    ("2.2 V4-Pro in bf16 at 1M, GiB", lambda: model(PRO).slope() * M1 / 2**30, 9.6171875, 0),
     ("2.2 a CSA layer, bytes a token", lambda: rows_of(PRO, FP4, 4), 163.0, 0),
     ("2.2 an HCA layer", lambda: rows_of(PRO, FP4, 128), 4.5625, 0),
     ("2.2 V4-Pro with FP8 index keys", lambda: model(PRO).slope(CACHE_FORMATS["fp8_ds_v4"]), 5511.4375, 0),
