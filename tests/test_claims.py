@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_claims_are_told_once() -> None:
     assert len({c.says for c in CLAIMS}) == len(CLAIMS)
     topics = [topic for topic, _ in told.by_topic(CLAIMS)]
     assert len(set(topics)) == len(topics), "claims of a topic stand together"
+
+
+def test_an_entry_has_no_key_that_nobody_reads() -> None:
+    with data_path("published", "claims.toml").open("rb") as file:
+        entries = tomllib.load(file)["claims"]
+    read = {"topic", "says", "stated", "at_least", "at_most", "reading", "unit", "within", "by", "inputs", "verdict", "why", "source"}
+    for entry in entries:
+        assert entry.keys() <= read, entry["says"]
+        assert "by" not in entry or {"stated", "at_least", "at_most"} & entry.keys(), entry["says"]
 
 
 def test_every_function_is_asked() -> None:

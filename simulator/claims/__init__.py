@@ -153,7 +153,7 @@ def markdown() -> str:
         "# What is said of long context, recomputed", "",
         "Written by `longctx claims --markdown`; a test refuses a page that says otherwise. What is said stands in `data/published/claims.toml`, in our own",
         "words, with its source; our number is computed by the functions it names in `simulator/claims/ours.py`. In brackets: the source has words only,",
-        "and the number is how we take them. Source \"essay\": \"The path to 1M context window\" (2026).", "", _summary(),
+        'and the number is how we take them. Source "essay": "The path to 1M context window" (2026).', "", _summary(),
     ]  # fmt: skip
     for topic, found in by_topic(claims()):
         lines += ["", f"## {topic}", "", "| what is said | stated | ours | | why | source |", "|---|---|---|---|---|---|"]
