@@ -10,7 +10,7 @@ import streamlit as st
 from app import charts, state
 from simulator import compare, figures, tables
 from simulator.dtypes import CACHE_FORMATS
-from simulator.units import BYTES, FLOPS, parse_tokens, significant
+from simulator.units import BYTES, FLOPS, parse_tokens
 
 #: The twin of the figure: as many heads as in the example it recomputes.
 TWIN = {"heads": 128, "head_dim": 128, "kv_heads": 8, "latent": 512, "rope": 64, "layers": 61}
@@ -123,10 +123,10 @@ def _windows(found: dict[str, Any]) -> None:
 def _recipe(found: dict[str, Any], context: int) -> None:
     st.subheader(f"5. The recipe, choice by choice, at {context:,} tokens", anchor=False)
     rows = [
-        {"choice": c.what, "2020": c.then, "now": c.now, "here": c.number, "times": "" if c.factor is None else f"{significant(c.factor, 3)} x"}
+        {"choice": c.what, "2020": c.then, "now": c.now, "here": c.number, "times": tables.times(c.factor)}
         for c in found["recipe"]
     ]  # fmt: skip
-    st.caption("Times: how much the choice changes what its row is about: a cost or a cache against the older way, or the length that can be told apart.")
+    st.caption(tables.RECIPE_NOTE)
     st.table(pd.DataFrame(rows).set_index("choice"))
 
 

@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from simulator import compare, reach
+from simulator import compare, reach, training
 from simulator.data import data_path
 from simulator.dtypes import BF16, CACHE_FORMATS
 from simulator.hf import load_model, with_formats
@@ -261,13 +261,13 @@ def _heads(llama: ModelSpec, latent: ModelSpec, context: int) -> list[Choice]:
     """Each against its own multi-head twin: as many key-value heads as query heads."""
     found = []
     for model, what in ((llama, "grouped heads"), (latent, "latent heads")):
-        held, heads = float(model.cache_bytes(float(context))), _twin_bytes(model, context)
+        held, heads = float(model.cache_bytes(float(context))), twin_bytes(model, context)
         now = f"{model.name.split('/')[-1]}: {compare.mixers(model)}"
         found.append(Choice(what, "one key and value per head", now, f"{gib(held)} of cache, {gib(heads)} with a key and value per head", heads / held))
     return found
 
 
-def _twin_bytes(model: ModelSpec, context: int) -> float:
+def twin_bytes(model: ModelSpec, context: int) -> float:
     """The cache if every query head kept its own key and value: layers x n_q (d_k + d_v) elements of bf16 per token."""
     total = 0.0
     for count, layer in model.mixers:
@@ -305,8 +305,8 @@ def _algorithms(llama: ModelSpec, latent: ModelSpec, sparse: ModelSpec, context:
 
 
 def _curriculum(llama: ModelSpec, context: int) -> Choice:
-    """The price of training on length: useful FLOPs per token of one forward pass, at 8K and at `context`."""
-    short, long = (compare.quantities(llama, n).prefill_flops / n for n in (8192, context))
+    """The price of training on length: useful FLOPs per token, at 8K and at `context`."""
+    short, long = (float(training.token_flops(llama, float(n))) for n in (8192, context))
     return Choice(
         "stages of training", "one length, 2K", "8K first, then 128K and more",
         f"a token costs {significant(long / short, 3)} x as much in a sequence of {context:,} as in one of 8,192", long / short,

@@ -249,7 +249,9 @@ def _table(console: Console, title: str, columns: Sequence[str], rows: Sequence[
     console.print()
 
 
-_LEFT = {"basis", "what binds", "what it is", "formula", "layout", "verdict", "log", "kernel", "implementation", "bound by"}
+_LEFT = {
+    "basis", "what binds", "what it is", "formula", "layout", "verdict", "log", "kernel", "implementation", "bound by", "2020", "now", "here", "why",
+}  # fmt: skip
 
 
 def _print_memory(plan: Plan, console: Console) -> None:

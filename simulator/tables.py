@@ -10,6 +10,7 @@ from simulator import compare, reach
 from simulator.compare import HeadType, Quantities
 from simulator.engines import REGISTRY, Engine
 from simulator.engines.paging import Demand, by_kind, stored_as
+from simulator.figures import Choice
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
@@ -264,3 +265,28 @@ def print_head_types(document: dict[str, Any], console: Console) -> None:
     title = f"{asked['heads']} heads of {asked['head_dim']}: elements kept per token and layer; cache of {asked['layers']} layers "
     title += f"at {asked['context']:,} tokens in {asked['cache']}"
     _table(console, title, ["heads", "what it is", "elements", "fewer than MHA", "cache"], rows)
+
+
+def recipe_document(choices: Sequence[Choice], inputs: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `compare --recipe`."""
+    told = [{"choice": c.what, "then": c.then, "now": c.now, "number": c.number, "factor": c.factor} for c in choices]
+    return {**_head(inputs, []), "recipe": told}
+
+
+def print_recipe(document: dict[str, Any], console: Console) -> None:
+    """A choice per line."""
+    rows = [[c["choice"], c["then"], c["now"], c["number"], times(c["factor"])] for c in document["recipe"]]
+    title = f"The recipe, choice by choice, at {document['inputs']['context']:,} tokens"
+    _table(console, title, ["choice", "2020", "now", "here", "times"], rows)
+    console.print(RECIPE_NOTE, style="dim", highlight=False, soft_wrap=True)
+
+
+#: What the last column of the recipe says.
+RECIPE_NOTE = (
+    "Times: how much the choice changes what its row is about: a cost or a cache against the older way, or the length that can be told apart."
+)
+
+
+def times(factor: float | None) -> str:
+    """How much a choice changes, or nothing."""
+    return "" if factor is None else f"{significant(factor, 3)} x"

@@ -93,7 +93,7 @@ output_options = _options(
 
 
 #: Verbs in files of their own, loaded when they are asked for.
-LATER = {"explain": "explain", "diff": "explain", "gpus": "gpus"}
+LATER = {"claims": "claims", "explain": "explain", "diff": "explain", "gpus": "gpus"}
 
 
 class Verbs(click.Group):
@@ -285,6 +285,7 @@ def models(sort: str, match: str, csv_file: str | None, as_json: bool) -> None:
 @click.option("--gpus", type=POSITIVE, default=8, show_default=True, help="Number of GPUs.")
 @click.option("--concurrency", type=POSITIVE, default=1, show_default=True, help="Requests at the same time (with --gpu).")
 @click.option("--head-types", is_flag=True, help="Compare MHA, GQA, MLA and MQA of one twin instead of models.")
+@click.option("--recipe", is_flag=True, help="Price a recent million-token recipe against GPT-3's, choice by choice, instead of models.")
 @click.option("--heads", type=POSITIVE, default=128, show_default=True, help="Query heads of the twin.")
 @click.option("--head-dim", type=click.IntRange(1, 4096), default=128, show_default=True)
 @click.option("--kv-heads", type=POSITIVE, default=8, show_default=True, help="Key-value heads of its GQA.")
@@ -295,20 +296,35 @@ def models(sort: str, match: str, csv_file: str | None, as_json: bool) -> None:
 @csv_option
 @output_options
 def compare(
-    names: tuple[str, ...], context: int, gpu: str | None, gpus: int, concurrency: int, head_types: bool, heads: int, head_dim: int,
+    names: tuple[str, ...], context: int, gpu: str | None, gpus: int, concurrency: int, head_types: bool, recipe: bool, heads: int, head_dim: int,
     kv_heads: int, latent: int, rope: int, layers: int, weights: str | None, cache: str | None, csv_file: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """The same request across MODELs, or (--head-types) across ways to share keys and values."""
+    """The same request across MODELs, across ways to share keys and values (--head-types), or across the choices of a recipe (--recipe)."""
     from simulator import compare as comparing
     from simulator import export, planner, report, tables
     from simulator.dtypes import cache_format
     from simulator.hardware import cluster
     from simulator.serving import Request
 
+    other = "--head-types" if head_types else "--recipe"
+    if head_types and recipe:
+        message = "--head-types and --recipe: two tables; ask for one at a time"
+        raise ValueError(message)
+    if (head_types or recipe) and names:
+        message = f"{other} compares {'twins' if head_types else 'choices'}, not models: leave out {' '.join(names)}, or leave out {other}"
+        raise ValueError(message)
+    if recipe:
+        from simulator import figures
+
+        document = tables.recipe_document(figures.recipe(context), {"context": context})
+        if csv_file is not None:
+            export.write_csv(csv_file, document["recipe"])
+        if as_json:
+            click.echo(report.emit(document))
+        else:
+            tables.print_recipe(document, _console())
+        return
     if head_types:
-        if names:
-            message = f"--head-types compares twins, not models: leave out {' '.join(names)}, or leave out --head-types"
-            raise ValueError(message)
         stored = cache_format(cache or "bf16")
         twin = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads, "latent": latent, "rope": rope, "layers": layers, "context": context}
         document = tables.head_types_document(comparing.head_types(**twin, cache=stored), {**twin, "cache": stored.name})
@@ -320,7 +336,7 @@ def compare(
             tables.print_head_types(document, _console())
         return
     if not names:
-        message = "compare: name at least one MODEL, or give --head-types; longctx models lists the catalog"
+        message = "compare: name at least one MODEL, or give --head-types or --recipe; longctx models lists the catalog"
         raise ValueError(message)
     found = [comparing.quantities(_model(name, weights, cache), context) for name in names]
     request = Request(context, concurrency, min(1024, max(1, context // 8)))

@@ -22,6 +22,8 @@ from simulator.work import Group, Message, Overlap, Serial, Work
 
 #: Bytes a parameter of Adam's states: fp32 master weight and two fp32 moments.
 ADAM_BYTES = 12.0
+#: Of Muon's: fp32 master weight and one momentum.
+MUON_BYTES = 8.0
 STAGES = (0, 1, 2, 3)
 
 
@@ -54,7 +56,7 @@ class ShardedData:
     def footprint(self, parameters: Count, gathered: Count = 0.0) -> Footprint:
         """States of one rank; stage 3 holds `gathered` parameters (two layers with prefetch) whole beside its shard.
 
-        Bytes a parameter with bf16 and Adam: 16; 4 + 12 / n; 2 + 14 / n; 16 / n.
+        Bytes a parameter with bf16 and Adam: 16; 4 + 12 / n; 2 + 14 / n; 16 / n.  Muon: 4 fewer of the optimizer's 12.
 
         >>> ShardedData(3, 1024).footprint(405e9).total / 1e9
         6.328125
