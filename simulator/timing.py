@@ -76,7 +76,7 @@ class Clock:
         """The calibrated time of the op alone."""
         constants = self.calibration.constants(op.family)
         if isinstance(op, Message):
-            return carry(op.wire_bytes, self.port(op), constants.memory)
+            return carry(op.wire_bytes, self.port(op), constants.memory) + where_any(op.wire_bytes, constants.launch_s)
         if op.kernel == "host":
             return op.shape["seconds"] / constants.memory
         if op.kernel == "host_copy":

@@ -25,8 +25,8 @@ from simulator.work import Group, Overlap, Repeat, Work
 KERNELS: tuple[str, ...] = ("collective", "gemm_beside")
 PATTERNS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
 IMPLS = (*PATTERNS, "none")
-#: 1 KiB to 4 GiB in powers of 4.
-PAYLOADS = tuple(4**i for i in range(5, 17))
+#: 1 KiB to 4 GiB: powers of 4, from 256 KiB of 2.
+PAYLOADS = (*(4**i for i in range(5, 9)), *(2**i for i in range(18, 33)))
 #: (payload, calls, products) beside each other: the products take longer, then the calls.  Neither is so short that the host
 #: cannot launch the next in time.
 BESIDE = (

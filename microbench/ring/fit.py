@@ -166,7 +166,7 @@ def interference(rows: Sequence[Row], machine: Cluster, calibration: Calibration
         for row in rows
         if row.backend == backend and not row.case.held and row.case.kernel not in ("collective", "gemm_beside")
     ]
-    used = [(work, row) for work, row in used if overlaps(work)]
+    used = [(work, row) for work, row in used if row.silent_s > 0.1 * row.seconds and overlaps(work)]
     if not used:
         return 0.0
     quiet = clock(machine, replace(calibration, interference=0.0), backend)
