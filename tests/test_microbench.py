@@ -25,6 +25,8 @@ from microbench.sums import ALLOWED, lines, sums  # noqa: E402
 
 PROFILES = sorted(p.parent for p in data_path("calibration").glob("*/constants.toml"))
 RUNS = [file for folder in PROFILES for file in sorted((folder / "runs").glob("*.csv")) if "counters" not in file.name]
+#: Runs of `longctx bench --suite layers`: every layer and its ops, one by one, on one card.
+BESIDE = [file for folder in PROFILES for file in sorted((folder / "layers").glob("*.csv"))]
 profiles = pytest.mark.parametrize("folder", PROFILES, ids=lambda p: p.name)
 
 
@@ -72,7 +74,7 @@ def test_held_out_rows_are_chosen_by_the_shape_alone() -> None:
     assert attention.cases("full")[-1].held in ("", "size", "layout", "length")
 
 
-@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", [*RUNS, *BESIDE], ids=lambda f: f.stem)
 def test_shipped_rows_say_of_themselves_what_the_rule_says(file: Path) -> None:
     facts, rows = read(file)
     assert {"gpu", "driver", "torch", "date", "commit", "power_limit_w", "max_clock_hz"} <= set(facts)
@@ -82,7 +84,7 @@ def test_shipped_rows_say_of_themselves_what_the_rule_says(file: Path) -> None:
     assert float(facts["sms"]) == part.units
 
 
-@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", [*RUNS, *BESIDE], ids=lambda f: f.stem)
 def test_no_cold_row_beats_its_bound(file: Path) -> None:
     facts, rows = read(file)
     clock = Clock(cluster(facts["gpu"], 1), Calibration.none())
@@ -185,10 +187,6 @@ def test_whole_layers_take_the_sum_of_their_ops(folder: Path) -> None:
     without_latent = [abs(error) for which, error in ours.items() if not which.impl.startswith("mla")]
     assert np.median(np.abs(list(ours.values()))) <= 0.05
     assert np.median(without_latent) <= 0.04
-
-
-#: Runs of `longctx bench --suite layers`: every layer and its ops, one by one, on one card.
-BESIDE = [file for folder in PROFILES for file in sorted((folder / "layers").glob("*.csv"))]
 
 
 @pytest.mark.xfail(not BESIDE, reason="NOT MEASURED: no data/calibration/*/layers/*.csv, so the bar on sums of ops is open", strict=True)
