@@ -11,12 +11,14 @@ from simulator.work import Op
 
 #: Contexts beyond this many tokens are never fitted: they test the extrapolation.
 LONGEST_FITTED = 32_768
+#: The regime of a kernel whose inputs another kernel has just written: one set of them, in the L2 cache as far as it fits.
+HANDED = "handed"
 
 
 @dataclass(frozen=True)
 class Case:
     """One measurement to make.  `shape` holds integers by name; `regime` is steady (the power limit has settled),
-    sustained (a second and more) or burst (after an idle pause).
+    sustained (a second and more), burst (after an idle pause) or handed (as steady, on inputs that were just written).
     """
 
     kernel: str

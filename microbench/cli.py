@@ -20,7 +20,7 @@ def _need(*names: str) -> None:
 @click.command()
 @click.option(
     "--suite", "suites", multiple=True, default=("quick",), show_default=True,
-    help="quick, full, tiny, a kernel (attention), or one implementation (attention/cudnn).",
+    help="quick, full, layers (whole layers beside their ops), tiny, a kernel (attention), or one implementation (attention/cudnn).",
 )  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of runs; a run adds one file.")
 @click.option("--seconds", type=click.FloatRange(1, 36_000), default=540.0, show_default=True, help="Longest slice; run again to go on.")
@@ -46,8 +46,12 @@ def bench(suites: tuple[str, ...], out: Path, seconds: float, *, counters: bool,
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
+    from microbench.run import CASE_S, todo  # noqa: PLC0415
     from microbench.run import bench as measure  # noqa: PLC0415
 
+    if torch.cuda.is_available():
+        waiting = len(todo(suites, out))
+        click.echo(f"{waiting} cases to measure, about {waiting * CASE_S:.0f} s of GPU time", err=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
         task = shown.add_task("measuring", total=None)
@@ -84,6 +88,7 @@ def calibrate(folder: Path, out: Path | None, *, plots: bool) -> int:
 
     from microbench.fit import calibrate as fitted  # noqa: PLC0415
     from microbench.fit import draw, write  # noqa: PLC0415
+    from microbench.sums import ALLOWED, lines, sums  # noqa: PLC0415
     from simulator.calibration import user_folder  # noqa: PLC0415
 
     profile = fitted(folder)
@@ -103,6 +108,11 @@ def calibrate(folder: Path, out: Path | None, *, plots: bool) -> int:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for line in profile.beaten:
         click.echo(f"faster than its bound, so the formula or the measurement is wrong: {line}", err=True)
+    beside = sums(folder)
+    if beside:
+        click.echo(f"layers beside the sum of their own ops, same card and run (! beyond {ALLOWED:.0%}):")
+    for line in lines(beside):
+        click.echo(line)
     click.echo(f"profile: {target / 'constants.toml'}")
     if plots:
         _need("altair")

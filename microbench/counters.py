@@ -20,6 +20,7 @@ from microbench.attention import over
 from microbench.case import LONGEST_FITTED, Case, case
 from microbench.environment import environment
 from microbench.run import module_of
+from simulator.data import observed
 from simulator.hardware import gpu as part_named
 from simulator.launch import launch
 
@@ -103,8 +104,8 @@ def parse(text: str) -> list[tuple[int, float]]:
     return [(len(kernels), moved) for kernels, moved in found if kernels]
 
 
-#: The share of the L2 cache that still holds written data when a kernel ends: 27 to 28 MB on an H200, whatever the size.
-DIRTY = 0.44
+#: The share of the L2 cache that still holds written data when a kernel ends.
+DIRTY = observed("dirty")
 
 
 def written(which: Case) -> float:

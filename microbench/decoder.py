@@ -2,7 +2,8 @@
 
 Dense (Llama-3.1-8B), experts (Qwen3-30B-A3B), latent (DeepSeek-V2-Lite): prefill of a prompt, decode of a batch under a CUDA
 graph, and one forward and backward (dense).  Expert choices are drawn beforehand: top-k and sorting are not timed.
-Weights are random; what a layer remembers lies in a paged cache.
+Weights are random; what a layer remembers lies in a paged cache.  `parts` are a layer's own ops as cases of the other modules:
+measured beside the layer on one card, they say whether its time is their sum.
 
 Legend: D hidden, h heads, g key-value heads, d head_dim, T tokens.
 """
@@ -13,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
+from math import gcd
 from typing import Any
 
 import torch
 
-from microbench import attention
-from microbench.case import Case, Prepared, case, relative
+from microbench import attention, elementwise, gemm
+from microbench.case import HANDED, Case, Prepared, case, relative
 from microbench.elementwise import EPS
 from microbench.gemm import grouped
 from simulator.dtypes import C_BF16
@@ -29,7 +31,7 @@ from simulator.layers.layer import Direction, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import System
-from simulator.work import Op, PeakBytes, Serial, Work, fold, quantity
+from simulator.work import Op, PeakBytes, Rows, Serial, Work, fold, quantity
 
 KERNELS: tuple[str, ...] = ("decoder_layer", "model")
 MODELS = {
@@ -89,6 +91,72 @@ def op(which: Case) -> Op:
     return Op(which.kernel, which.kernel, which.impl, which.dtype, tensor_flops=flops, model_flops=flops, hbm_bytes=moved)
 
 
+#: What runs here of a kernel whose op leaves the implementation open.
+RUNS = {
+    "gemm": "cublas", "batched_gemm": "cublas", "grouped_gemm": "cutlass", "attention": "cudnn", "attention_backward": "cudnn",
+    "decode_attention": "triton", "latent_attention": "triton",
+}  # fmt: skip
+
+
+#: A kernel that moves fewer bytes is bound by latency: what memory moves in the two microseconds that a launch takes.
+LATENCY_BYTES = 8e6
+
+
+def leaves(which: Case) -> list[tuple[float, Op]]:
+    """The ops of a case's tree, and how often each runs."""
+    return [(float(row.count), row.op) for row in fold(work(which), Rows(lambda _: 0.0)) if isinstance(row.op, Op)]
+
+
+def parts(which: Case) -> list[tuple[float, Case]]:
+    """The ops of a case that can be measured alone, as cases of the other modules, and how often each runs."""
+    found: dict[Case, float] = {}
+    for count, op in leaves(which):
+        part = measurable(op)
+        if part is not None:
+            found[part] = found.get(part, 0.0) + count
+    return [(count, part) for part, count in found.items()]
+
+
+def measurable(op: Op) -> Case | None:
+    """The case that measures an op alone: the same kernel, the same extents, whole numbers of experts.  None where no module has one.
+
+    A kernel that streams rows finds what the kernel before it wrote in the L2 cache, as far as that fits: above LATENCY_BYTES it is
+    measured handed.  Below, latency decides, and some operand (gains, tables, slots) is as cold in a layer as in a rotation of
+    inputs.  Products and attention cores read weights and caches that are cold.
+    """
+    impl, dtype = RUNS.get(op.kernel, op.impl), op.family[2]
+    extent = {name: round(float(value)) for name, value in op.shape.items()}
+    if op.kernel in gemm.KERNELS:
+        extents = [name for name in ("members", "m", "n", "k", "experts") if name in extent]
+        return Case(op.kernel, impl, dtype, tuple((name, extent[name]) for name in extents))
+    if op.kernel in attention.KERNELS:
+        layout = (extent["heads"], extent["kv_heads"], extent["head_dim"], extent["v_head_dim"])
+        return attention.over(
+            op.kernel, impl, dtype, layout, sequences=extent["sequences"], tokens=extent["tokens"], context=extent["keys"]
+        )
+    if op.kernel != "elementwise" or dtype != "bf16":
+        return None
+    regime = HANDED if float(op.hbm_bytes) > LATENCY_BYTES else "steady"
+    if impl in elementwise.ROUTED:
+        return case("elementwise", impl, dtype, regime=regime, tokens=extent["tokens"], routed=extent["routed"], width=extent["width"])
+    if impl == "join":
+        widths = {name: extent[name] for name in ("heads", "plain", "turned")}
+        return case("elementwise", impl, dtype, regime=regime, rows=extent["rows"], **widths)
+    one = float(elementwise.op(case("elementwise", impl, dtype, rows=1, width=1)).hbm_bytes)
+    width = round(float(op.shape["row_bytes"]) / one)
+    head_dim = gcd(width, elementwise.HEAD_DIM)
+    heads = {"heads": width // head_dim, "head_dim": head_dim} if impl == "rotary" else {}
+    return case("elementwise", impl, dtype, regime=regime, rows=extent["rows"], width=width, **heads)
+
+
+def beside(suite: str = "full") -> list[Case]:
+    """Every case of a suite after its parts, each part once."""
+    found: dict[Case, None] = {}
+    for which in cases(suite):
+        found |= dict.fromkeys([*(part for _, part in parts(which)), which])
+    return list(found)
+
+
 def prepare(which: Case, device: Any) -> Prepared:
     """Build the layer or model, run it once and note the most memory it held."""
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
@@ -104,8 +172,7 @@ def prepare(which: Case, device: Any) -> Prepared:
 
 def peak_bytes_of(which: Case) -> float:
     """Most bytes a case should hold: weights and caches of its copies, its two inputs, the residual stream, the widest op, the
-    rotary table.  Neglected: expert choices and page tables (a few bytes a token), the copies that a latent layer makes to
-    join rotary and plain parts, weight gradients of the training direction.
+    rotary table.  Neglected: expert choices and page tables (a few bytes a token), weight gradients of the training direction.
     """
     kind, _, phase = which.impl.partition(".")
     spec, segment = model_of(kind), segment_of(which)
@@ -170,7 +237,8 @@ class Block:
         mixer, device, width = self.mixer, self.device, self.width
         if isinstance(mixer, LatentAttention):
             h, r, rope = mixer.num_attention_heads, mixer.kv_lora_rank, mixer.qk_rope_head_dim
-            self.down = _weights(device, (mixer.q_lora_rank or h * mixer.qk_head_dim) + r + rope, width)
+            assert mixer.q_lora_rank is None, "queries come straight from the hidden state in the model measured here"
+            self.query, self.down = _weights(device, h * mixer.qk_head_dim, width), _weights(device, r + rope, width)
             self.up = _weights(device, h * (mixer.qk_nope_head_dim + mixer.v_head_dim), r)
             self.o = _weights(device, width, h * mixer.v_head_dim)
             self.latent = _weights(device, pages, attention.PAGE, r + rope)
@@ -208,12 +276,23 @@ class Block:
     def __call__(self, x: Any, residual: Any) -> tuple[Any, Any]:
         """norm, mixer, norm, channel mixer: the two tensors that go on."""
         x, residual = self._norm(x, residual, 0)
-        x = self._latent_mixer(x) if isinstance(self.mixer, LatentAttention) else self._attention(x)
+        x = self.mixed(x)
         x, residual = self._norm(x, residual, 1)
         # handed over, not kept: nothing but the residual stream lives beside the widest op
         handed = [x]
         del x
         return self._experts(handed.pop()) if isinstance(self.channel, MoE) else self._mlp(handed.pop()), residual
+
+    def mixed(self, x: Any) -> Any:
+        """The mixer alone."""
+        return self._latent_mixer(x) if isinstance(self.mixer, LatentAttention) else self._attention(x)
+
+    def share(self, other: Block) -> None:
+        """Take the weights and the cache of another block of the same layer, whose prompts this one continues at their last token."""
+        named = ("query", "down", "up", "inner", "latent") if isinstance(self.mixer, LatentAttention) else ("qkv", "cache", "head_norm")
+        for name in (*named, "o", "table"):
+            setattr(self, name, getattr(other, name))
+        self.slots = other.slots.view(self.batch, -1)[:, -1].contiguous()
 
     def _norm(self, x: Any, residual: Any, which: int) -> tuple[Any, Any]:
         out, added = torch.empty_like(x), torch.empty_like(x)
@@ -230,7 +309,7 @@ class Block:
         self.kernels.write_cache(qkv[:, h * d :], self.slots, *self.cache)
         if self.new == 1:
             out = torch.empty(self.batch, h, d, device=x.device, dtype=x.dtype)
-            query, (keys, values) = qkv[:, : h * d].reshape(self.batch, h, d), self.cache
+            query, (keys, values) = qkv[:, : h * d].unflatten(1, (h, d)), self.cache
             self.kernels.paged_decode(query, keys, values, self.table, self.lengths, out, self.scratch)
             return out.view(-1, h * d) @ self.o.t()
         rows = qkv.view(self.batch, self.new, h + 2 * g, d)
@@ -241,27 +320,31 @@ class Block:
     def _latent_mixer(self, x: Any) -> Any:
         mixer: LatentAttention = self.mixer
         h, r, dn, dr, dv = mixer.num_attention_heads, mixer.kv_lora_rank, mixer.qk_nope_head_dim, mixer.qk_rope_head_dim, mixer.v_head_dim
-        both = x @ self.down.t()
-        q, latent = both[:, : -(r + dr)].unflatten(1, (h, dn + dr)), both[:, -(r + dr) :]
-        latent[:, :r] = torch.nn.functional.rms_norm(latent[:, :r], (r,), self.inner, EPS)
-        turned = torch.cat([q[..., dn:].flatten(1), latent[:, r:]], 1)
-        self.kernels.rotary(turned, self.rope, self.positions, h + 1, dr)
-        row = torch.cat([latent[:, :r], turned[:, h * dr :]], 1)
-        self.kernels.scatter(row, self.slots, self.latent.view(-1, r + dr))
+        # queries and latent lie in one row, so that one kernel turns both
+        asked = h * (dn + dr)
+        both = torch.empty(x.shape[0], asked + r + dr, device=x.device, dtype=x.dtype)
+        latent, q = both[:, asked:], both[:, :asked].unflatten(1, (h, dn + dr))
+        torch.mm(x, self.down.t(), out=latent)
+        self.kernels.head_norm(latent, self.inner, 1, r, EPS)
+        torch.mm(x, self.query.t(), out=both[:, :asked])
+        self.kernels.rotary(both[:, dn:], self.rope, self.positions, h + 1, dr, stride=dn + dr, last=asked + r - dn)
+        self.kernels.scatter(latent, self.slots, self.latent.view(-1, r + dr))
         up = self.up.view(h, dn + dv, r)
         if self.new == 1:
+            absorbed = torch.bmm(q[..., :dn].transpose(0, 1), up[:, :dn]).transpose(0, 1)
             query = torch.empty(self.batch, h, r + dr, device=x.device, dtype=x.dtype)
-            query[..., :r] = torch.bmm(q[..., :dn].transpose(0, 1), up[:, :dn]).transpose(0, 1)
-            query[..., r:] = turned[:, : h * dr].unflatten(1, (h, dr))
+            self.kernels.assemble(absorbed, q[..., dn:], query)
             out = torch.empty(self.batch, h, r, device=x.device, dtype=x.dtype)
             block = self.kernels.head_block(h)
             self.kernels.latent_decode(query, self.latent, self.table, self.lengths, out, self.scratch, (dn + dr) ** -0.5, block)
-            core = torch.bmm(out.transpose(0, 1), up[:, dn:].transpose(1, 2)).transpose(0, 1)
-            return core.reshape(-1, h * dv) @ self.o.t()
-        expanded = (row[:, :r] @ self.up.t()).view(self.batch, self.new, h, dn + dv)
-        queries = torch.cat([q[..., :dn], turned[:, : h * dr].unflatten(1, (h, dr))], -1).view(self.batch, self.new, h, dn + dr)
-        keys = torch.cat([expanded[..., :dn], turned[:, h * dr :].view(self.batch, self.new, 1, dr).expand(-1, -1, h, -1)], -1)
-        core = attention.forward("cudnn", queries, keys, expanded[..., dn:].contiguous())
+            core = torch.empty(self.batch, h, dv, device=x.device, dtype=x.dtype)
+            torch.bmm(out.transpose(0, 1), up[:, dn:].transpose(1, 2), out=core.transpose(0, 1))
+            return core.view(-1, h * dv) @ self.o.t()
+        expanded = (latent[:, :r] @ self.up.t()).unflatten(1, (h, dn + dv))
+        keys = torch.empty(x.shape[0], h, dn + dr, device=x.device, dtype=x.dtype)
+        self.kernels.assemble_keys(expanded[..., :dn], latent[:, r:], keys)
+        # values are read where the product wrote them
+        core = attention.forward("cudnn", *(t.unflatten(0, (self.batch, self.new)) for t in (q, keys, expanded[..., dn:])))
         return core.reshape(-1, h * dv) @ self.o.t()
 
     def _mlp(self, x: Any) -> Any:
@@ -354,15 +437,43 @@ def _table(seen: int, width: int, device: Any) -> Any:
 
 
 def error(which: Case, device: Any) -> float:
-    """A dense layer against the same layer in plain float32 PyTorch, on 128 tokens; decode against the last row of a prefill."""
+    """A dense layer against the same layer in plain float32 PyTorch, on 128 tokens; the mixer of a decoding layer against the last
+    rows of its prefill; a latent mixer's prefill against plain float32.  Expert layers, the model and training are not compared.
+    """
     kind, _, phase = which.impl.partition(".")
-    if device.type != "cuda" or kind in ("moe", "mla", "small") or phase != "prefill":
+    if device.type != "cuda" or which.kernel == "model" or phase == "training" or (kind, phase) == ("moe", "prefill"):
         return 0.0
-    spec = model_of(kind)
-    block = Block(spec, spec.blocks[0][1], 1, 128, 128, device)
-    x, residual = (torch.randn(128, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    got, _ = block(x, residual)
-    return relative(got.double(), _plain(block, x.float(), residual.float()).double())
+    spec, tokens, sequences = model_of(kind), 128, 1 if phase == "prefill" else 2
+    block = Block(spec, spec.blocks[0][1], sequences, tokens, tokens, device)
+    x, residual = (torch.randn(sequences * tokens, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    if (kind, phase) == ("dense", "prefill"):
+        got, _ = block(x, residual)
+        return relative(got.double(), _plain(block, x.float(), residual.float()).double())
+    got = block.mixed(x)
+    if phase == "prefill":
+        return relative(got.double(), _plain_latent(block, x.float()).double())
+    last = torch.arange(1, sequences + 1, device=device) * tokens - 1
+    step = Block(spec, spec.blocks[0][1], sequences, 1, tokens, device)
+    step.share(block)
+    return relative(step.mixed(x[last]).double(), got[last].double())
+
+
+def _plain_latent(block: Block, x: Any) -> Any:
+    mixer: LatentAttention = block.mixer
+    h, r, dn, dr, dv = mixer.num_attention_heads, mixer.kv_lora_rank, mixer.qk_nope_head_dim, mixer.qk_rope_head_dim, mixer.v_head_dim
+    q = (x @ block.query.float().t()).view(1, -1, h, dn + dr)
+    latent, rope = (x @ block.down.float().t()).view(1, -1, 1, r + dr).split([r, dr], -1)
+    cosine, sine = (t[None, :, None] for t in block.rope[: x.shape[0]].chunk(2, dim=-1))
+
+    def turned(t: Any) -> Any:
+        first, second = t.chunk(2, dim=-1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+    normed = latent * torch.rsqrt((latent * latent).mean(-1, keepdim=True) + EPS)
+    plain, values = (normed[:, :, 0] @ block.up.float().t()).view(1, -1, h, dn + dv).split([dn, dv], -1)
+    keys = torch.cat([plain, turned(rope).expand(-1, -1, h, -1)], -1)
+    core = attention.reference(torch.cat([q[..., :dn], turned(q[..., dn:])], -1), keys, values, 0)
+    return core.reshape(x.shape[0], -1) @ block.o.float().t()
 
 
 def _plain(block: Block, x: Any, residual: Any) -> Any:

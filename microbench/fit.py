@@ -23,7 +23,7 @@ from microbench import decoder
 from microbench.case import LONGEST_FITTED, Case
 from microbench.run import case_of, module_of, read
 from simulator.calibration import Calibration, Constants, Family
-from simulator.data import data_path
+from simulator.data import data_path, observed
 from simulator.hardware import Cluster, Gpu, cluster, gpu
 from simulator.timing import Clock, seconds_expected
 from simulator.units import Array
@@ -38,6 +38,7 @@ BOUNDS: dict[str, tuple[float, float, float]] = {
 }  # fmt: skip
 FREE: dict[str, tuple[str, ...]] = {
     "gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
+    "batched_gemm": ("tensor", "memory", "depth_half", "split", "launch_s"),
     "grouped_gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
     "attention": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "window", "variant", "launch_s"),
     "attention_backward": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "variant", "launch_s"),
@@ -333,9 +334,8 @@ def write(profile: Profile, folder: Path) -> None:
             table.writerow((*q.family, q.held, *(f"{getattr(q, n):.4g}" for n in names), q.worst))
 
 
-#: What all ops of a machine share: two cards of one kind differed by 3 % in sustained products, whole layers by 6 % from the sum of
-#: their ops (80th percentile over both).
-COMMON_SIGMA = 0.05
+#: What all ops of a machine share.
+COMMON_SIGMA = observed("common_sigma")
 
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:

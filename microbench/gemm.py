@@ -1,4 +1,4 @@
-"""Matrix products, dense and grouped: the projections of real models, as cuBLAS and CUTLASS run them through PyTorch."""
+"""Matrix products, dense, batched and grouped: the projections of real models, as cuBLAS and CUTLASS run them through PyTorch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from microbench.case import Case, Prepared, case, l2_of, relative, sets_for
 from simulator.dtypes import WEIGHT_FORMATS
 from simulator.hf import load_model
-from simulator.kernels.gemm import gemm
+from simulator.kernels.gemm import batched_gemm, gemm
 from simulator.kernels.grouped_gemm import grouped_gemm
 from simulator.parallel import Layout
 from simulator.phases import Decode, System
 from simulator.work import Op, Rows, fold
 
-KERNELS: tuple[str, ...] = ("gemm", "grouped_gemm")
+KERNELS: tuple[str, ...] = ("gemm", "batched_gemm", "grouped_gemm")
 #: Whose projections are measured, on how many tensor-parallel ranks.
 MODELS = (
     ("Meta-Llama-3.1-8B", 1), ("Meta-Llama-3.1-70B", 8), ("Meta-Llama-3.1-70B", 1), ("Meta-Llama-3.1-405B", 8),
@@ -29,6 +29,8 @@ MOST_FLOPS, MOST_BYTES = 3e13, 24e9
 #: (experts, top_k, gate-up width, hidden) of layers whose experts are measured: Qwen3-30B-A3B, its EP8 slice, gpt-oss-20b,
 #: Mixtral-8x7B, DeepSeek-V3 EP32.
 EXPERTS = ((128, 8, 1536, 2048), (16, 8, 1536, 2048), (32, 4, 5760, 2880), (8, 2, 28672, 4096), (8, 8, 4096, 7168))
+#: (heads, n, k) of absorbed products: W_UK and W_UV of DeepSeek-V2-Lite, of DeepSeek-V3 and of its TP8 slice have 16 or 128 heads.
+ABSORBED = tuple((heads, n, k) for heads in (16, 128) for n, k in ((512, 128), (128, 512)))
 #: fp8 products are measured from this many rows on.
 FP8_LEAST_ROWS = 16
 
@@ -50,7 +52,10 @@ def layouts() -> tuple[tuple[int, int], ...]:
 def cases(suite: str) -> list[Case]:
     """Projections over rows; odd rows; experts; anchors."""
     if suite == "tiny":
-        return [case("gemm", "cublas", "bf16", m=8, n=64, k=32), case("grouped_gemm", "cutlass", "bf16", m=32, n=32, k=16, experts=2)]
+        return [
+            case("gemm", "cublas", "bf16", m=8, n=64, k=32), case("batched_gemm", "cublas", "bf16", members=2, m=4, n=32, k=16),
+            case("grouped_gemm", "cutlass", "bf16", m=32, n=32, k=16, experts=2),
+        ]  # fmt: skip
     shapes = layouts()
     found = []
     rows: tuple[int, ...] = ROWS
@@ -69,6 +74,8 @@ def cases(suite: str) -> list[Case]:
                 m = tokens * top_k
                 found.append(case("grouped_gemm", "cutlass", "bf16", m=m, n=outputs, k=inputs, experts=min(experts, m)))
     if suite == "full":
+        for heads, n, k in ABSORBED:
+            found += [case("batched_gemm", "cublas", "bf16", members=heads, m=m, n=n, k=k) for m in (1, 4, 16, 64, 256)]
         for m, n, k in ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 28672, 4096), (8192, 57344, 8192)):
             found += [case("gemm", "cublas", "bf16", regime=regime, m=m, n=n, k=k) for regime in ("burst", "sustained")]
         found += [case("gemm", "cublas", "fp8", regime=regime, m=8192, n=8192, k=8192) for regime in ("burst", "sustained")]
@@ -85,6 +92,8 @@ def op(which: Case) -> Op:
     weight = WEIGHT_FORMATS[which.dtype]
     if which.kernel == "grouped_gemm":
         return grouped_gemm("experts", rows=m, experts=float(which["experts"]), n=n, k=k, weight=weight)
+    if which.kernel == "batched_gemm":
+        return batched_gemm("batch", members=float(which["members"]), m=m, n=n, k=k)
     return gemm("gemm", m=m, n=n, k=k, weight=weight)
 
 
@@ -98,6 +107,11 @@ def prepare(which: Case, device: Any) -> Prepared:
         weight = _scaled((sets, experts, n, k), device)
         ends = _ends(m, experts, device)
         return Prepared(lambda i: grouped(rows[i], weight[i], ends), sets, hot=hot)
+    if which.kernel == "batched_gemm":
+        members = which["members"]
+        rows, weight = _scaled((sets, members, m, k), device, 1.0), _scaled((sets, members, k, n), device)
+        out = torch.empty(members, m, n, device=device, dtype=torch.bfloat16)
+        return Prepared(lambda i: torch.bmm(rows[i], weight[i], out=out), sets, hot=hot)
     x = _scaled((sets, m, k), device, 1.0)
     weight = _scaled((sets, n, k), device)
     out = torch.empty(sets if sets * m * n < MOST_BYTES / 4 else 1, m, n, device=device, dtype=torch.bfloat16)
@@ -149,6 +163,11 @@ def error(which: Case, device: Any) -> float:
         index = torch.bucketize(torch.arange(m, device=device), ends.to(torch.int64), right=True)
         want = torch.einsum("mk,mnk->mn", rows[:32].double(), weight[index[:32]].double())
         return relative(got[:32], want)
+    if which.kernel == "batched_gemm":
+        rows, weight = _scaled((4, m, k), device, 1.0), _scaled((4, k, n), device)
+        out = torch.full((4, m, n), float("nan"), device=device, dtype=torch.bfloat16)
+        torch.bmm(rows, weight, out=out)
+        return relative(out.double(), rows.double() @ weight.double())
     x, weight = _scaled((m, k), device, 1.0), _scaled((n, k), device)
     if which.dtype == "fp8" and device.type == "cuda":
         one = torch.ones((), device=device)

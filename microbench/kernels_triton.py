@@ -70,7 +70,7 @@ def _norm_backward(
 @triton.jit
 def _rotary(
     x, table, positions, row_stride, sign,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, HALF: tl.constexpr, STRIDE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     position = tl.load(positions + token).to(tl.int64)
@@ -79,7 +79,10 @@ def _rotary(
     sine = tl.load(table + position * (2 * HALF) + HALF + column).to(tl.float32)[None, :] * sign
     head = tl.arange(0, HEADS_PAD)[:, None]
     mask = head < HEADS
-    base = x + token.to(tl.int64) * row_stride + head * (2 * HALF) + column[None, :]
+    place = head * STRIDE
+    if LAST != (HEADS - 1) * STRIDE:
+        place = tl.where(head == HEADS - 1, LAST, place)
+    base = x + token.to(tl.int64) * row_stride + place + column[None, :]
     first = tl.load(base, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(base + HALF, mask=mask, other=0.0).to(tl.float32)
     tl.store(base, (first * cosine - second * sine).to(x.dtype.element_ty), mask=mask)
@@ -150,6 +153,21 @@ def _write_cache(source, keys, values, index, source_stride, WIDTH: tl.constexpr
 
 
 @triton.jit
+def _assemble(
+    plain, turned, out, row_stride, head_stride, turned_row, turned_head,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PLAIN: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS_PAD)[:, None]
+    mask = head < HEADS
+    wide, narrow = tl.arange(0, PLAIN)[None, :], tl.arange(0, TURNED)[None, :]
+    place = out + token * (HEADS * (PLAIN + TURNED)) + head * (PLAIN + TURNED)
+    tl.store(place + wide, tl.load(plain + token * row_stride + head * head_stride + wide, mask=mask, other=0.0), mask=mask)
+    shared = tl.load(turned + token * turned_row + head * turned_head + narrow, mask=mask, other=0.0)
+    tl.store(place + PLAIN + narrow, shared, mask=mask)
+
+
+@triton.jit
 def _combine(rows, index, share, out, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -164,7 +182,7 @@ def _combine(rows, index, share, out, TOP_K: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def _paged_split(
-    query, keys, values, table, lengths, out, partial, lse, score_scale, splits, table_stride,
+    query, keys, values, table, lengths, out, partial, lse, score_scale, splits, table_stride, query_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +195,8 @@ def _paged_split(
     column = tl.arange(0, HEAD_DIM)
     head = sequence * (KV_HEADS * GROUP) + kv_head * GROUP + member
     real = member < GROUP
-    q = tl.load(query + head[:, None] * HEAD_DIM + column[None, :], mask=real[:, None], other=0.0)
+    asked = query + sequence * query_stride + (kv_head * GROUP + member)[:, None] * HEAD_DIM
+    q = tl.load(asked + column[None, :], mask=real[:, None], other=0.0)
     largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     weight = tl.zeros([GROUP_PAD], tl.float32)
     total = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
@@ -364,11 +383,17 @@ def norm_backward(added: Any, weight: Any, d_out: Any, d_added: Any, eps: float)
     return d_x, d_weight.sum(0).to(weight.dtype)
 
 
-def rotary(x: Any, table: Any, positions: Any, heads: int, head_dim: int, *, inverse: bool = False) -> None:
-    """Rotate the first `heads` heads of each row of `x` in place; `table` holds cosines and sines by position."""
+def rotary(
+    x: Any, table: Any, positions: Any, heads: int, head_dim: int, *, stride: int = 0, last: int = 0, inverse: bool = False
+) -> None:
+    """Rotate the first `heads` heads of each row of `x` in place; `table` holds cosines and sines by position.
+
+    Heads begin `stride` numbers apart (0: they adjoin), the last one at `last` (0: as the others).
+    """
+    stride = stride or head_dim
     _rotary[(x.shape[0],)](
-        x, table, positions, x.stride(0), -1.0 if inverse else 1.0,
-        HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), HALF=head_dim // 2, num_warps=4,
+        x, table, positions, x.stride(0), -1.0 if inverse else 1.0, HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads),
+        HALF=head_dim // 2, STRIDE=stride, LAST=last or (heads - 1) * stride, num_warps=4,
     )  # fmt: skip
 
 
@@ -417,6 +442,21 @@ def write_cache(source: Any, index: Any, keys: Any, values: Any) -> None:
     width = source.shape[1] // 2
     block = triton.next_power_of_2(width)
     _write_cache[(source.shape[0],)](source, keys, values, index, source.stride(0), WIDTH=width, BLOCK=block, num_warps=_warps(block))
+
+
+def assemble(plain: Any, turned: Any, out: Any) -> None:
+    """out[t, h] = plain[t, h] followed by turned[t, h], whatever the strides of the two."""
+    rows, heads, width = plain.shape
+    _assemble[(rows,)](
+        plain, turned, out, plain.stride(0), plain.stride(1), turned.stride(0), turned.stride(1),
+        HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), PLAIN=width, TURNED=turned.shape[2],
+        num_warps=_warps(triton.next_power_of_2(heads) * width),
+    )  # fmt: skip
+
+
+def assemble_keys(plain: Any, turned: Any, out: Any) -> None:
+    """Keys of MLA: out[t, h] = plain[t, h] followed by turned[t], which all heads share."""
+    assemble(plain, turned[:, None].expand(-1, plain.shape[1], -1), out)
 
 
 def combine(rows: Any, index: Any, share: Any, out: Any) -> None:
@@ -514,8 +554,8 @@ def paged_scratch(batch: int, heads: int, kv_heads: int, head_dim: int, keys: in
 def paged_decode(query: Any, keys: Any, values: Any, table: Any, lengths: Any, out: Any, scratch: Paged) -> None:
     """One query token per sequence against a paged cache of bf16 or e4m3 keys and values.
 
-    query, out (batch, heads, D); keys, values (pages, page, kv_heads, D); table (batch, pages of a sequence) int32;
-    lengths (batch) int32.
+    query (batch, heads, D), its rows any distance apart; out (batch, heads, D); keys, values (pages, page, kv_heads, D); table
+    (batch, pages of a sequence) int32; lengths (batch) int32.
     """
     _paged(query, keys, values, table, lengths, out, scratch, merged=scratch.splits > 1)
     scratch.merge(out)
@@ -538,7 +578,7 @@ def _paged(
     block = max(32, min(128, PAGED_TILE // head_dim))
     _paged_split[(batch, kv_heads, scratch.splits)](
         query, keys, values, table, lengths, out, scratch.partial, scratch.lse,
-        head_dim**-0.5 * LOG2_E.value, scratch.splits, table.stride(0),
+        head_dim**-0.5 * LOG2_E.value, scratch.splits, table.stride(0), query.stride(0),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
         PAGE=page, BLOCK=block, MERGED=merged, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import gc
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from simulator.work import Op
 
 MODULES: tuple[Module, ...] = (gemm, attention, elementwise, decoder)
 SUITES = ("tiny", "quick", "full")
+#: The suite that measures whole layers right after their own ops, one by one on the same card.
+BESIDE = "layers"
+#: Seconds of a GPU that a case takes, all told, in the mean of the shipped runs.
+CASE_S = 0.5
 COLUMNS = (
     "kernel", "impl", "dtype", "regime", "shape", "held", "l2", "p20_s", "p50_s", "p80_s", "samples", "error", "sm_clock_hz", "power_w",
     "flops", "hbm_bytes", "peak_bytes",
@@ -38,17 +42,19 @@ def module_of(kernel: str) -> Module:
 
 
 def cases_of(names: Iterable[str]) -> list[Case]:
-    """The cases of suites, kernels ("attention") or implementations ("attention/cudnn"), each once."""
+    """The cases of suites ("layers" too), kernels ("attention") or implementations ("attention/cudnn"), each once."""
     found: dict[Case, None] = {}
     everything = [c for m in MODULES for c in m.cases("full")]
     for name in names:
         if name in SUITES:
             chosen = [c for m in MODULES for c in m.cases(name)]
+        elif name == BESIDE:
+            chosen = decoder.beside()
         else:
             kernel, _, impl = name.partition("/")
             chosen = [c for c in everything if c.kernel == kernel and impl in ("", c.impl)]
         if not chosen:
-            known = ", ".join([*SUITES, *dict.fromkeys(c.kernel for c in everything)])
+            known = ", ".join([*SUITES, BESIDE, *dict.fromkeys(c.kernel for c in everything)])
             message = f"--suite {name}: no such suite or kernel; use one of {known}"
             raise ValueError(message)
         found |= dict.fromkeys(chosen)
@@ -66,16 +72,15 @@ class Outcome:
     left: int
 
 
-def bench(names: Iterable[str], folder: Path, *, limit_s: float = 540.0, progress: Any = None) -> Outcome:
+def bench(names: Sequence[str], folder: Path, *, limit_s: float = 540.0, progress: Any = None) -> Outcome:
     """Measure the cases of `names` that `folder` does not hold, for at most `limit_s` seconds."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     torch.manual_seed(20261124)
     facts = environment(device)
     wanted = cases_of(names)
     folder.mkdir(parents=True, exist_ok=True)
-    known = _known(folder, str(facts["gpu"]))
-    todo = [c for c in wanted if c.key not in known]
-    if not todo:
+    waiting = todo(names, folder)
+    if not waiting:
         return Outcome(None, 0, len(wanted), (), 0)
     stamp = str(facts["date"]).replace(":", "").replace("-", "")
     file = folder / f"{_slug(str(facts['gpu']))}-{stamp}.csv"
@@ -86,7 +91,7 @@ def bench(names: Iterable[str], folder: Path, *, limit_s: float = 540.0, progres
         out.writelines(f"# {key} = {value}\n" for key, value in facts.items())
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
-        for index, which in enumerate(todo):
+        for index, which in enumerate(waiting):
             if time.monotonic() - start > limit_s:
                 break
             try:
@@ -100,9 +105,30 @@ def bench(names: Iterable[str], folder: Path, *, limit_s: float = 540.0, progres
                 out.flush()
                 measured += 1
             if progress is not None:
-                progress(index + 1, len(todo), which)
-    left = len(todo) - measured - len(skipped)
-    return Outcome(file, measured, len(wanted) - len(todo), tuple(skipped), left)
+                progress(index + 1, len(waiting), which)
+    left = len(waiting) - measured - len(skipped)
+    return Outcome(file, measured, len(wanted) - len(waiting), tuple(skipped), left)
+
+
+def here() -> Any:
+    """The device that is measured."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def todo(names: Sequence[str], folder: Path) -> list[Case]:
+    """The cases of `names` that no file of this GPU holds; of the suite "layers" those that no single file holds beside all their parts."""
+    runs = _runs(folder, str(environment(here())["gpu"]))
+    known: set[str] = set().union(*runs)
+    found: dict[Case, None] = {}
+    for name in names:
+        if name == BESIDE:
+            for layer in decoder.cases("full"):
+                together = [*(part for _, part in decoder.parts(layer)), layer]
+                if not any(all(c.key in run for c in together) for run in runs):
+                    found |= dict.fromkeys(together)
+        else:
+            found |= dict.fromkeys(c for c in cases_of([name]) if c.key not in known)
+    return list(found)
 
 
 def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ...], float]) -> dict[str, Any]:
@@ -149,13 +175,10 @@ def case_of(row: Mapping[str, str]) -> Case:
     return Case(row["kernel"], row["impl"], row["dtype"], shape, row["regime"])
 
 
-def _known(folder: Path, gpu: str) -> set[str]:
-    found = set()
-    for file in folder.glob("*.csv"):
-        facts, rows = read(file)
-        if facts.get("gpu") == gpu:
-            found |= {case_of(row).key for row in rows}
-    return found
+def _runs(folder: Path, gpu: str) -> list[set[str]]:
+    """The cases that each file of this GPU holds."""
+    read_files = [read(file) for file in sorted(folder.glob("*.csv"))]
+    return [{case_of(row).key for row in rows} for facts, rows in read_files if facts.get("gpu") == gpu and rows and "regime" in rows[0]]
 
 
 def _slug(text: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
-from simulator.data import data_path
+from simulator.data import data_path, observed
 from simulator.hardware import TIMED, Gpu
 from simulator.hardware import gpu as named
 from simulator.units import Fraction, Seconds
@@ -127,10 +127,8 @@ def _load(gpu: Gpu) -> Calibration:
     return _assumed(gpu)
 
 
-#: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.  Of the 35 published rows
-#: of H100, H800 and H20 that may be fitted and rest on borrowed constants alone, four of five lie within 10.5 %, 1.28 x 0.08; other
-#: clocks, libraries and years of measuring are in it.
-BORROWED_SIGMA = 0.10
+#: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.
+BORROWED_SIGMA = observed("borrowed_sigma")
 
 
 def borrowed(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Constants:

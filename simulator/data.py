@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -23,3 +24,17 @@ def data_path(*parts: str) -> Path:
     'links.toml'
     """
     return _root().joinpath(*parts)
+
+
+@cache
+def _observed() -> dict[str, dict[str, float | str]]:
+    return tomllib.loads(data_path("calibration", "observed.toml").read_text(encoding="utf-8"))
+
+
+def observed(name: str) -> float:
+    """A number of the world from data/calibration/observed.toml, where its source and date stand.
+
+    >>> observed("raster")
+    1.3
+    """
+    return float(_observed()[name]["value"])

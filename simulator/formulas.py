@@ -37,6 +37,7 @@ _STREAM = "sequences * tokens * channels * state"
 #: By kernel; a backward pass that does other work than the forward's has an entry of its own.
 FORMULAS: dict[str, Formula] = {
     "gemm": Formula("2 * m * n * k", "m * k * activation_bytes + k * n * weight_bytes + m * n * out_bytes"),
+    "batched_gemm": Formula("2 * members * m * n * k", "members * (m * k * activation_bytes + k * n * weight_bytes + m * n * out_bytes)"),
     "grouped_gemm": Formula("2 * m * n * k", "experts * k * n * weight_bytes + m * (k * activation_bytes + n * out_bytes)"),
     "attention": _CORE,
     "decode_attention": _CORE,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from simulator.data import observed
 from simulator.hardware import Gpu
 from simulator.units import Bytes, Count, Flops, Num, ceil, maximum, minimum, where
 from simulator.work import Op
@@ -21,9 +22,9 @@ WARP_ROWS = 16.0
 #: Query heads of a latent row are padded to these in gathered attention, by architecture; elsewhere to a warp's.
 LATENT_ROWS = {"hopper": 64.0}
 #: Outputs one SM holds in a wave of a large product, and the reads of a real raster over those of a square one.
-WAVE_TILE, RASTER = 128.0 * 256.0, 1.3
+WAVE_TILE, RASTER = observed("wave_tile"), observed("raster")
 #: How many L2 caches of keys and values a head has when every second sweep misses.
-HALF_MISSED = 2.13
+HALF_MISSED = observed("half_missed")
 #: Heads wider than this have tiles of their own.
 WIDE_HEAD = 192
 
@@ -34,7 +35,8 @@ class Launched(NamedTuple):
     `tiles` are independent units of work, `slots` how many run at once, `depth` the trip count of a tile's inner loop.
     `variant` is 1 where a second kernel of the family runs: heads wider than 192, whose tiles crowd the registers; decode whose
     keys need no split.  `splits` are partial results that a further kernel merges one after the other.
-    `windowed` is 1 where a window hides keys at both ends of a tile's sweep.
+    `windowed` is 1 where a window hides keys at both ends of a tile's sweep.  `streams`: the second kernel reads memory at
+    another rate too, because it only streams (decode).
     """
 
     tensor_flops: Flops
@@ -46,6 +48,7 @@ class Launched(NamedTuple):
     variant: Num = 0.0
     splits: Num = 1.0
     windowed: Num = 0.0
+    streams: bool = False
 
 
 def launch_gemm(op: Op, gpu: Gpu) -> Launched:
@@ -65,6 +68,14 @@ def launch_gemm(op: Op, gpu: Gpu) -> Launched:
     once = (m * s["activation_bytes"] + n * s["weight_bytes"]) * k
     again = maximum(requested - once, 0.0)
     return Launched(rows * columns * (2.0 * k), 0.0, op.hbm_bytes + again, pieces, gpu.units, k)
+
+
+def launch_batched_gemm(op: Op, gpu: Gpu) -> Launched:
+    """Every member padded and tiled by itself.  Re-reads within a member are neglected: its operands stay in the L2 cache."""
+    s = op.shape
+    rows, columns = ceil(s["m"] * (1 / PAD_M)) * PAD_M, ceil(s["n"] * (1 / PAD_M)) * PAD_M
+    tiles = s["members"] * (rows * columns * (1 / (TILE_M * TILE_N)))
+    return Launched(s["members"] * (rows * columns * (2.0 * s["k"])), 0.0, op.hbm_bytes, tiles, gpu.units, s["k"])
 
 
 def launch_grouped_gemm(op: Op, gpu: Gpu) -> Launched:
@@ -131,7 +142,7 @@ def launch_decode(op: Op, gpu: Gpu) -> Launched:
     partials = where(splits > 1.0, outputs * splits, 0.0)
     return Launched(
         op.tensor_flops * padded, op.exponentials * padded, op.hbm_bytes + partials, heads * splits, gpu.units,
-        maximum(s["keys"] / splits, 1.0), where(splits > 1.0, 0.0, 1.0), splits,
+        maximum(s["keys"] / splits, 1.0), where(splits > 1.0, 0.0, 1.0), splits, streams=True,
     )  # fmt: skip
 
 
@@ -143,6 +154,7 @@ def launch_plain(op: Op, gpu: Gpu) -> Launched:
 #: Tiling of every kernel; a kernel without tiles streams.
 LAUNCHES: dict[str, Callable[[Op, Gpu], Launched]] = {
     "gemm": launch_gemm,
+    "batched_gemm": launch_batched_gemm,
     "grouped_gemm": launch_grouped_gemm,
     "attention": launch_attention,
     "attention_backward": launch_attention,

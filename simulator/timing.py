@@ -87,7 +87,7 @@ class Clock:
         pace: Num = 1.0
         if constants.variant != 1.0:
             pace = where(launched.variant > 0, 1 / constants.variant, 1.0)
-        parts = [moved * (pace / (gpu.hbm_bytes_per_s * constants.memory))]
+        parts = [moved * ((pace if launched.streams else 1.0) / (gpu.hbm_bytes_per_s * constants.memory))]
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
             slow = pace / fills(launched, constants.split, constants.wave)
             peak = self.peak(op.math)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from simulator import Calibration, calibration
 from simulator.calibration import IDENTITY, Constants, carried, read_profile, user_folder
+from simulator.data import data_path, observed
 from simulator.dtypes import WEIGHT_FORMATS
 from simulator.hardware import gpu, timed
 from simulator.kernels.attention import Segment, attention
@@ -53,6 +55,15 @@ def write(folder: Path, text: str, name: str = "h200_sxm") -> Path:
     file.parent.mkdir(parents=True)
     file.write_text(text, "utf-8")
     return file
+
+
+def test_every_observed_number_has_a_source_and_a_date_and_is_used() -> None:
+    root = Path(calibration.__file__).parent.parent
+    code = "".join(file.read_text("utf-8") for folder in ("simulator", "microbench") for file in (root / folder).rglob("*.py"))
+    for name, told in tomllib.loads(data_path("calibration", "observed.toml").read_text("utf-8")).items():
+        assert told.keys() == {"value", "date", "meaning", "source"}, name
+        assert observed(name) == told["value"] > 0
+        assert f'observed("{name}")' in code
 
 
 @pytest.mark.parametrize("name", timed())

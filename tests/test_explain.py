@@ -17,7 +17,7 @@ from simulator.formulas import FORMULAS, WIRES, evaluate, extents, readable, sub
 from simulator.kernels import scan
 from simulator.kernels.attention import Causal, Segment, Window, attention
 from simulator.kernels.elementwise import norm
-from simulator.kernels.gemm import gemm
+from simulator.kernels.gemm import batched_gemm, gemm
 from simulator.kernels.grouped_gemm import grouped_gemm
 from simulator.kernels.latent_attention import latent_attention
 from simulator.kernels.messages import PATTERNS, message
@@ -37,6 +37,7 @@ def examples() -> Iterator[Leaf]:
     for name, weight in WEIGHT_FORMATS.items():
         yield gemm(name, m=129.0, n=640.0, k=384.0, weight=weight)
         yield grouped_gemm(name, rows=300.5, experts=6.25, n=640.0, k=384.0, weight=weight)
+    yield batched_gemm("absorb", members=16.0, m=5.0, n=512.0, k=128.0)
     yield norm("norm", tokens=77.0, width=4096.0)
     for segment, backward in itertools.product((PROMPT, STEP), (False, True)):
         for stored in ("bf16", "fp8"):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator import Calibration
-from simulator.dtypes import BF16, CACHE_FORMATS, FP8, WEIGHT_FORMATS, CacheRow
+from simulator.dtypes import BF16, C_BF16, CACHE_FORMATS, FP8, WEIGHT_FORMATS, CacheRow
 from simulator.kernels import elementwise as streams
 from simulator.kernels.attention import Bidirectional, Causal, Chunked, Mask, Segment, Window, attention, pairs
 from simulator.kernels.elementwise import activation, copy, elementwise, norm, rotary
@@ -536,3 +536,15 @@ def test_5_1_and_5_2_bytes_of_tensor_parallelism() -> None:
 def test_an_unknown_pattern_is_refused_with_those_known() -> None:
     with pytest.raises(ValueError, match="'gossip'.*use one of all_reduce"):
         message("m", "gossip", group=Group("g", 2.0), payload_bytes=1.0)
+
+
+@pytest.mark.parametrize("tokens", [1.0, 16.0, 200.0])
+def test_a_decode_step_of_absorbed_latent_attention_reads_every_heads_own_weights(tokens: float) -> None:
+    """W_UK and W_UV of all heads, r n (d_n + d_v), whatever the number of tokens."""
+    mixer = model("deepseek-ai/DeepSeek-V3").blocks[-1][1][0]
+    assert isinstance(mixer, LatentAttention)
+    work = mixer.work(mixer.whole((Segment(tokens, 1.0, 4096.0, split_kv=True),)), cache=C_BF16)
+    products = [op for _, op in leaves(work) if op.kernel == "batched_gemm"]
+    activations = tokens * 128 * 2 * (128 + 512) * 2
+    assert sum(float(op.hbm_bytes) for op in products) - activations == 2 * 128 * 512 * (128 + 128)
+    assert sum(float(op.tensor_flops) for op in products) == 2 * tokens * 128 * 512 * (128 + 128)

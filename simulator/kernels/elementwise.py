@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from simulator.dtypes import BF16, INT8, DType
 from simulator.units import Num
 from simulator.work import Aside, Op
@@ -17,8 +19,9 @@ def elementwise(
     dtype: DType = BF16,
     flops_per_element: float = 4.0,
     kept: Num = 0.0,
+    extents: Mapping[str, Num] | None = None,
 ) -> Op:
-    """`rows` rows that read and write so many elements each, and keep some for backward.
+    """`rows` rows that read and write so many elements each, and keep some for backward.  `extents` are more names of its shape.
 
     bytes = rows (read + written) e; vector flops = flops_per_element x rows x read: never the limit.
     Source: FORMULAS 1.20 ("charge bytes, not FLOPs").
@@ -26,7 +29,7 @@ def elementwise(
     moved = rows * ((read + written) * dtype.bytes)
     return Op(
         name, "elementwise", impl, dtype.name, hbm_bytes=moved,
-        shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes},
+        shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes, **(extents or {})},
         aside=lambda: Aside(rows * (read * flops_per_element), moved, rows * (kept * dtype.bytes)),
     )  # fmt: skip
 
@@ -60,3 +63,32 @@ def rotary(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
 def copy(name: str, *, rows: Num, width: Num, dtype: DType = BF16) -> Op:
     """Read and write `width` elements: gathers, cache writes, permutations."""
     return elementwise(name, rows=rows, read=width, written=width, impl="copy", dtype=dtype, flops_per_element=0.0)
+
+
+def permute(name: str, *, tokens: Num, rows: Num, width: Num) -> Op:
+    """Every token's row read once and written to its `rows / tokens` experts' rows."""
+    extents = {"tokens": tokens, "routed": rows, "width": width}
+    return elementwise(
+        name, rows=1.0, read=tokens * width, written=rows * width, impl="permute", flops_per_element=0.0, extents=extents,
+    )  # fmt: skip
+
+
+def combine(name: str, *, tokens: Num, rows: Num, width: Num) -> Op:
+    """Every token's `rows / tokens` experts' rows read, weighed and added into one row."""
+    extents = {"tokens": tokens, "routed": rows, "width": width}
+    return elementwise(
+        name, rows=1.0, read=rows * width, written=tokens * width, impl="combine", flops_per_element=2.0, extents=extents,
+    )  # fmt: skip
+
+
+def add(name: str, *, rows: Num, width: Num) -> Op:
+    """The sum of two tensors of `width` elements a row, written over one of them."""
+    return elementwise(name, rows=rows, read=2 * width, written=width, impl="add", flops_per_element=0.5)
+
+
+def join(name: str, *, rows: Num, heads: Num, plain: int, turned: int) -> Op:
+    """Keys of `heads` heads put together: each head's own `plain` part beside the `turned` part that all heads share."""
+    extents = {"heads": heads, "plain": float(plain), "turned": float(turned)}
+    return elementwise(
+        name, rows=rows, read=heads * plain + turned, written=heads * (plain + turned), impl="join", flops_per_element=0.0, extents=extents,
+    )  # fmt: skip

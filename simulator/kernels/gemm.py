@@ -1,6 +1,6 @@
 """Matrix product of activations with a weight.
 
-Legend: m rows (tokens), n outputs, k inputs.
+Legend: m rows (tokens), n outputs, k inputs; b members of a batch of products.
 """
 
 from __future__ import annotations
@@ -48,6 +48,31 @@ def gemm(
                "out_bytes": out.bytes},
         aside=lambda: Aside(live_bytes=m * (k * BF16.bytes) + outputs, saved_bytes=saved_bytes),
     )  # fmt: skip
+
+
+def batched_gemm(name: str, *, members: Num, m: Num, n: Num, k: Num) -> Op:
+    """A batch of b products (m, k) x (k, n) -> (m, n) in bf16, each with its own weight.
+
+    flops = 2 b m n k; bytes = b (m k activation + k n weight + m n out), each once.
+    Source: definition; one launch of cublasGemmStridedBatchedEx.
+
+    >>> batched_gemm("absorb k", members=16, m=1, n=512, k=128).hbm_bytes
+    2117632.0
+    """
+    flops = members * (m * (n * (2.0 * k)))
+    inputs, outputs = members * (m * (k * BF16.bytes)), members * (m * (n * BF16.bytes))
+    return Op(
+        name, "batched_gemm", "", BF16.name, tensor_flops=flops, model_flops=flops,
+        hbm_bytes=inputs + members * (n * (k * BF16.bytes)) + outputs,
+        shape={"members": members, "m": m, "n": n, "k": k, "weight_bytes": BF16.bytes, "activation_bytes": BF16.bytes,
+               "out_bytes": BF16.bytes},
+        aside=lambda: Aside(live_bytes=inputs + outputs),
+    )  # fmt: skip
+
+
+def batched_gemm_backward(name: str, *, members: Num, m: Num, n: Num, k: Num) -> Work:
+    """Both products of the backward pass of each member.  Source: definition."""
+    return Serial([batched_gemm(f"{name} dX", members=members, m=m, n=k, k=n), batched_gemm(f"{name} dW", members=members, m=k, n=n, k=m)])
 
 
 def gemm_backward(

@@ -56,7 +56,6 @@ class IndexedLatentAttention(LatentAttention):
         """norm, down-projections, query up-projection, indexer, top-k, absorbed sparse core, o."""
         tokens, width = held.tokens, float(self.hidden_size)
         latent = float(self.kv_lora_rank + self.qk_rope_head_dim)
-        rows = tokens * held.heads
         steps = Steps(direction)
         steps.norm("attention norm", tokens=tokens, width=width)
         down = latent + (self.q_lora_rank or 0)
@@ -67,7 +66,8 @@ class IndexedLatentAttention(LatentAttention):
         steps.forward_only(copy("cache write", rows=tokens, width=latent))
         if not self.indexer_shared:
             self._index(held, steps, cache)
-        steps.linear("absorb k", m=rows, n=float(self.kv_lora_rank), k=float(self.qk_nope_head_dim))
+        steps.batched("absorb k", members=held.heads, m=tokens, n=float(self.kv_lora_rank), k=float(self.qk_nope_head_dim))
+        steps.stream(copy("query assembly", rows=tokens, width=held.heads * latent))
         row = CacheRow(float(self.kv_lora_rank), float(self.qk_rope_head_dim), latent=True)
         steps.add(*(
             sparse_attention(
@@ -76,7 +76,7 @@ class IndexedLatentAttention(LatentAttention):
                 cache=cache, backward=steps.is_backward,
             ) for segment in held.segments
         ))  # fmt: skip
-        steps.linear("absorb v", m=rows, n=float(self.v_head_dim), k=float(self.kv_lora_rank))
+        steps.batched("absorb v", members=held.heads, m=tokens, n=float(self.v_head_dim), k=float(self.kv_lora_rank))
         steps.linear("o", m=tokens, n=width, k=held.heads * self.v_head_dim, weight=self.weight)
         return steps.serial()
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from simulator.dtypes import BF16, C_BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal, Mask, Segment, attention
-from simulator.kernels.elementwise import backward, copy, norm, rotary
-from simulator.kernels.gemm import Size, gemm, gemm_backward
+from simulator.kernels.elementwise import backward, copy, join, norm, rotary
+from simulator.kernels.gemm import Size, batched_gemm, gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
 from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Mixing, Module, Remembers, Slice, Split, StateRules, shared_share
 from simulator.units import Num, minimum
@@ -127,21 +127,29 @@ class LatentAttention(Remembers):
         return Select(below, self._absorbed(held, segment, cache), self._expanded(held, segment))
 
     def _absorbed(self, held: Slice, segment: Segment, cache: CacheFormat) -> Work:
-        """W_UK into the query, the multi-query core, W_UV after it: 2 r n (d_n + d_v) per new token."""
+        """W_UK into the query, its two parts side by side, the multi-query core, W_UV after it: 2 r n (d_n + d_v) per new token.
+
+        Every head has its own W_UK and W_UV.  The query is put together as vLLM does before its cores (forward_mqa).
+        """
         shared = segment.split_kv
-        rows = segment.tokens * held.heads
+        queries, rank = held.heads * held.query_ranks, self.kv_lora_rank
         return Serial([
-            gemm("absorb k", m=rows * held.query_ranks, n=float(self.kv_lora_rank), k=float(self.qk_nope_head_dim), weight=W_BF16),
+            batched_gemm("absorb k", members=queries, m=segment.tokens, n=float(rank), k=float(self.qk_nope_head_dim)),
+            copy("query assembly", rows=segment.tokens, width=queries * (rank + self.qk_rope_head_dim)),
             latent_attention(
                 "core", shared_share(segment, held.cache_ranks) if shared else segment,
                 heads=held.heads * held.cache_ranks if shared else held.heads, kv_lora_rank=self.kv_lora_rank,
                 rope_head_dim=self.qk_rope_head_dim, mask=self.mask, cache=cache,
             ),
-            gemm("absorb v", m=rows, n=float(self.v_head_dim), k=float(self.kv_lora_rank), weight=W_BF16),
+            batched_gemm("absorb v", members=held.heads, m=segment.tokens, n=float(self.v_head_dim), k=float(rank)),
         ])  # fmt: skip
 
     def _expanded(self, held: Slice, segment: Segment, *, is_backward: bool = False) -> Work:
-        """Keys and values of every visible token made from its latent, then a core of d_n + d_r and d_v."""
+        """Keys and values of every visible token made from its latent, keys put together, then a core of d_n + d_r and d_v.
+
+        The rotary part of a key is copied to every head, as the cores of vLLM and SGLang want it (vLLM, mla_attention.py,
+        _concat_k_nope_k_pe); values are read where the product wrote them.
+        """
         size: Size = {
             "m": segment.sequences * self.mask.seen(segment).live,
             "n": held.heads * (self.qk_nope_head_dim + self.v_head_dim), "k": float(self.kv_lora_rank),
@@ -150,9 +158,10 @@ class LatentAttention(Remembers):
             "core", segment, heads=held.heads, kv_heads=held.heads, head_dim=self.qk_head_dim,
             v_head_dim=self.v_head_dim, mask=self.mask, dtype=BF16, cache=C_BF16, backward=is_backward,
         )  # fmt: skip
+        whole = join("key assembly", rows=size["m"], heads=held.heads, plain=self.qk_nope_head_dim, turned=self.qk_rope_head_dim)
         if is_backward:
-            return Serial([core, gemm_backward("kv up", **size, weight=self.weight)])
+            return Serial([core, backward(whole), gemm_backward("kv up", **size, weight=self.weight)])
         expand = gemm("kv up", **size, weight=self.weight)
-        # engines expand a long context piece by piece and merge by log-sum-exp
-        expand.aside = lambda: Aside(live_bytes=minimum(size["m"], EXPANSION_TOKENS) * (size["n"] + size["k"]) * BF16.bytes)
-        return Serial([expand, core])
+        # engines expand a long context piece by piece and merge by log-sum-exp; vLLM's profile run reserves the expansion alone
+        expand.aside = whole.aside = lambda: Aside(live_bytes=minimum(size["m"], EXPANSION_TOKENS) * (size["n"] + size["k"]) * BF16.bytes)
+        return Serial([expand, whole, core])

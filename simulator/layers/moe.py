@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from simulator.dtypes import BF16, W_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
-from simulator.kernels.elementwise import activation, backward, elementwise, norm
+from simulator.kernels.elementwise import activation, add, backward, combine, elementwise, norm, permute
 from simulator.kernels.gemm import Size, gemm, gemm_backward
 from simulator.kernels.grouped_gemm import busiest_rank, experts_hit, grouped_gemm
 from simulator.layers.layer import Direction, Module, Slice
@@ -112,10 +112,9 @@ class MoE:
         outer, ups, weight = float(self.expert_width), self._ups * inner, self.expert_weight
         first = norm("moe norm", tokens=tokens, width=width)
         router: Size = {"m": tokens, "n": float(self.num_experts), "k": width}
-        # every token is read once and written to its experts' rows; those are read and added into one row
-        permute = elementwise("permute", rows=1.0, read=tokens * outer, written=rows * outer, impl="copy", flops_per_element=0.0)
+        sent = permute("permute", tokens=tokens, rows=rows, width=outer)
         gate = self._activation("expert activation", rows, inner)
-        combine = elementwise("combine", rows=1.0, read=rows * outer, written=tokens * outer, impl="copy", flops_per_element=2.0)
+        summed = combine("combine", tokens=tokens, rows=rows, width=outer)
         into: Size = {"m": tokens, "n": outer, "k": width}
         out_of: Size = {"m": tokens, "n": width, "k": outer}
         narrow = self.latent_size is not None
@@ -124,15 +123,15 @@ class MoE:
             down = grouped_gemm("experts down dX", rows=rows, experts=hit, n=inner, k=outer, weight=weight)
             return Serial([
                 *([gemm_backward("latent out", **out_of, weight=self.weight)] if narrow else []),
-                backward(combine), down, self._weight_gradient("experts down dW", rows, hit, outer, inner), backward(gate),
-                up, self._weight_gradient("experts gate up dW", rows, hit, ups, outer), backward(permute),
+                backward(summed), down, self._weight_gradient("experts down dW", rows, hit, outer, inner), backward(gate),
+                up, self._weight_gradient("experts gate up dW", rows, hit, ups, outer), backward(sent),
                 *([gemm_backward("latent in", **into, weight=self.weight)] if narrow else []),
                 *self._shared_work(held, direction), gemm_backward("router", **router), backward(first),
             ])  # fmt: skip
         return Serial([
-            first, gemm("router", **router), *([gemm("latent in", **into, weight=self.weight)] if narrow else []), permute,
+            first, gemm("router", **router), *([gemm("latent in", **into, weight=self.weight)] if narrow else []), sent,
             grouped_gemm("experts gate up", rows=rows, experts=hit, n=ups, k=outer, weight=weight), gate,
-            grouped_gemm("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight), combine,
+            grouped_gemm("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight), summed,
             *([gemm("latent out", **out_of, weight=self.weight)] if narrow else []), *self._shared_work(held, direction),
         ])  # fmt: skip
 
@@ -156,4 +155,6 @@ class MoE:
         return [
             gemm("shared gate up", m=tokens, n=ups, k=width, weight=weight), gate,
             gemm("shared down", m=tokens, n=width, k=inner, weight=weight, saved_bytes=saved),
+            # vLLM and SGLang add the two outputs in a kernel of its own
+            add("shared sum", rows=tokens, width=width),
         ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from simulator.dtypes import W_BF16, WeightFormat
 from simulator.kernels.elementwise import backward, norm
-from simulator.kernels.gemm import gemm, gemm_backward
+from simulator.kernels.gemm import batched_gemm, batched_gemm_backward, gemm, gemm_backward
 from simulator.layers.layer import Direction
 from simulator.units import Bytes, Num
 from simulator.work import Op, Serial, Work
@@ -34,6 +34,11 @@ class Steps:
             self.parts.append(gemm_backward(name, m=m, n=n, k=k, weight=weight, freed_bytes=saved_bytes))
         else:
             self.parts.append(gemm(name, m=m, n=n, k=k, weight=weight, saved_bytes=saved_bytes))
+
+    def batched(self, name: str, *, members: Num, m: Num, n: Num, k: Num) -> None:
+        """A product of each member with a weight of its own."""
+        make = batched_gemm_backward if self.is_backward else batched_gemm
+        self.parts.append(make(name, members=members, m=m, n=n, k=k))
 
     def stream(self, op: Op) -> None:
         """An elementwise step."""
