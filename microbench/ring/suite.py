@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from microbench.case import Case
 from microbench.environment import Reading, Sensors, environment
-from microbench.ring import collectives, context, decode, experts, handover, tensor, ulysses
+from microbench.ring import collectives, context, decode, experts, handover, tensor, trace, ulysses
 from microbench.ring.transport import Distributed, Loopback, Silent, Transport
 from microbench.run import TOLERANCE, Outcome, case_of, read
 from simulator.work import Work
@@ -58,6 +58,8 @@ MODULES: tuple[Any, ...] = (collectives, context, ulysses, decode, tensor, exper
 LOOPBACK_RANKS = 4
 #: What it plays: rings and gathers of attention, as long as 128K tokens a rank of 8 heads.
 LOOPBACK_IMPLS, LOOPBACK_PAIRS = ("ring_kv.contiguous", "ring_kv.zigzag", "gather.zigzag"), 8 * 131072**2
+#: Rings whose timeline is written, at most so many tokens a rank and preferably so many heads.
+TIMELINES, TIMELINE_TOKENS, TIMELINE_HEADS = ("ring_kv.contiguous", "ring_kv.zigzag", "gather.zigzag"), 32768, 32
 #: Seconds of warming up and of sampling of a case, the fewest and most samples.
 WARM_S, SAMPLE_S, LEAST, MOST = 0.12, 0.15, 4, 100
 #: A program this long settles the power limit by itself: two samples are enough.
@@ -196,8 +198,25 @@ def _run(rank: Rank, folder: Path, limit_s: float, only: tuple[str, ...], progre
             _write(file, facts | {"left_out": " | ".join(skipped)}, rows)
         if progress is not None:
             progress(index + 1, len(todo), which)
+    if not only or "timeline" in only:
+        _timelines(rank, suite, file.with_suffix(""))
     done = len(rows) + len(skipped)
     return Outcome(file if first and rows else None, len(rows), len(known), tuple(skipped), len(todo) - done)
+
+
+def _timelines(rank: Rank, suite: str, stem: Path) -> None:
+    """What every rank computes, sends and waits for in one run of each way to turn a ring: JSON beside the rows."""
+    for impl in TIMELINES:
+        found = (c for c in context.cases(suite, rank.world.size) if c.impl == impl and not context.is_backward(c))
+        which = max((c for c in found if c["tokens"] <= TIMELINE_TOKENS), key=lambda c: (c["heads"] == TIMELINE_HEADS, c["tokens"]))
+        traced = trace.Traced.over(rank.world, rank.device)
+        run = context.build(which, traced, rank.device)
+        for _ in range(3):
+            traced.begin()
+            run()
+        spans = trace.everyone(traced)
+        if rank.world.rank == 0 or rank.backend == "loopback":
+            trace.write(Path(f"{stem}-{impl}.json"), spans)
 
 
 def _write(file: Path, facts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
