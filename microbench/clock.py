@@ -63,8 +63,8 @@ def measure(prepared: Prepared, device: Any, regime: Regime, sensors: Sensors) -
     """Time `prepared` on `device`."""
     if device.type != "cuda":
         return _on_host(prepared, regime)
-    # the first and the last set may need kernels of their own (a pointer's alignment): both are compiled before anything is timed
-    for index in {0, prepared.sets - 1}:
+    # sets may need kernels of their own (their pointers' alignment, which repeats): all are compiled before anything is timed
+    for index in {*range(min(prepared.sets, 16)), prepared.sets - 1}:
         prepared.run(index)
     once = _between(lambda: prepared.run(prepared.sets - 1))
     launches, per = (lambda: prepared.run(0)), 1

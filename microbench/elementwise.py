@@ -20,6 +20,16 @@ ROWS = (1, 16, 128, 1024, 4096, 16384, 65536)
 STREAMS = ("read", "write", "stream")
 #: Between tokens and the rows of their experts.
 ROUTED = ("permute", "combine")
+#: Small kernels that take turns in one graph: what is more than the sum of each by itself is the cost of going from kernel to kernel.
+TURNS = (
+    case("elementwise", "norm", "bf16", rows=1, width=2048),
+    case("elementwise", "rotary", "bf16", rows=1, width=4608, heads=36, head_dim=128),
+    case("elementwise", "copy", "bf16", rows=1, width=1024),
+    case("elementwise", "permute", "bf16", tokens=1, routed=8, width=2048),
+    case("elementwise", "activation", "bf16", rows=8, width=768),
+    case("elementwise", "combine", "bf16", tokens=1, routed=8, width=2048),
+)
+TURN = case("launch", "turns", "bf16", rows=1)
 #: Width of a rotated head where a case names none.
 HEAD_DIM = 128
 EPS = 1e-5
@@ -35,6 +45,7 @@ def cases(suite: str) -> list[Case]:
             case("elementwise", "rotary", "bf16", rows=8, width=128, heads=2),
             case("host_copy", "to_device", "bf16", bytes=1 << 12),
             case("launch", "eager", "bf16", rows=1),
+            TURN,
         ]
     quick = suite == "quick"
     found = []
@@ -48,7 +59,7 @@ def cases(suite: str) -> list[Case]:
     found += [case("elementwise", impl, "bf16", rows=1, width=2**s // 2) for impl in STREAMS for s in sizes]
     sizes = (20, 28) if quick else (12, 16, 20, 24, 28, 30)
     found += [case("host_copy", impl, "bf16", bytes=2**s) for impl in ("to_device", "to_host") for s in sizes]
-    return found + [case("launch", impl, "bf16", rows=1) for impl in ("eager", "graph")]
+    return found + [case("launch", impl, "bf16", rows=1) for impl in ("eager", "graph", "turns")]
 
 
 def op(which: Case) -> Op:
@@ -80,6 +91,9 @@ def prepare(which: Case, device: Any) -> Prepared:
     """Random rows; gathers draw distinct rows of a table twice as long."""
     if which.kernel == "host_copy":
         return _host_copy(which, device)
+    if which.impl == "turns":
+        members = [prepare(member, device) for member in TURNS]
+        return Prepared(lambda i: [one.run(i % one.sets) for one in members], max(one.sets for one in members), hot=True)
     if which.kernel == "launch":
         cell = torch.zeros(1, device=device)
         return Prepared(lambda _: cell.zero_(), graphable=which.impl == "graph", hot=True)

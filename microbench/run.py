@@ -122,6 +122,9 @@ def todo(names: Sequence[str], folder: Path) -> list[Case]:
     found: dict[Case, None] = {}
     for name in names:
         if name == BESIDE:
+            together = [*elementwise.TURNS, elementwise.TURN]
+            if not any(all(c.key in run for c in together) for run in runs):
+                found |= dict.fromkeys(together)
             for layer in decoder.cases("full"):
                 together = [*(part for _, part in decoder.parts(layer)), layer]
                 if not any(all(c.key in run for c in together) for run in runs):

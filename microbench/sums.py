@@ -1,7 +1,8 @@
 """Is a layer's time the sum of its ops?  Whole layers and models beside their own ops, both measured on one card in one run.
 
 sum = sum over the ops that have a case of (times it runs x its measured seconds) + the expected seconds of those that have none,
-whose share is told.  No constant decides the first part, so cards that differ do not blur the answer.
+whose share is told, + what going from one kernel to another takes, times their number: by itself a kernel follows its like, whose
+instructions are at hand.  No constant decides the first part, so cards that differ do not blur the answer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from microbench import decoder
 from microbench.case import Case
+from microbench.elementwise import TURN, TURNS
 from microbench.run import case_of, read
 from simulator.calibration import Calibration
 from simulator.hardware import cluster, gpu
@@ -23,18 +25,21 @@ ALLOWED = 0.05
 
 @dataclass(frozen=True)
 class Sum:
-    """A layer's measured seconds, those of its measured ops, the expected seconds of the others, and which these are."""
+    """A layer's measured seconds, those of its measured ops, the expected seconds of the others, and which these are; `turns_s`: from
+    kernel to kernel, all of them together.
+    """
 
     which: Case
     measured_s: float
     parts_s: float
     expected_s: float
     unmeasured: tuple[str, ...]
+    turns_s: float
 
     @property
     def seconds(self) -> float:
         """The sum of the ops."""
-        return self.parts_s + self.expected_s
+        return self.parts_s + self.expected_s + self.turns_s
 
     @property
     def error(self) -> float:
@@ -62,9 +67,10 @@ def sums(folder: Path) -> list[Sum]:
 
 def _of(seconds: dict[Case, float], clock: Clock) -> Iterator[Sum]:
     for which in (case for case in seconds if case.kernel in decoder.KERNELS):
-        measured, expected, unmeasured = 0.0, 0.0, []
+        measured, expected, launches, unmeasured = 0.0, 0.0, 0.0, []
         for count, op in decoder.leaves(which):
             part = decoder.measurable(op)
+            launches += count * float(op.launches)
             if part is None:
                 expected += count * float(clock.expected(op))
                 unmeasured.append(op.name)
@@ -73,7 +79,15 @@ def _of(seconds: dict[Case, float], clock: Clock) -> Iterator[Sum]:
             else:
                 break
         else:
-            yield Sum(which, seconds[which], measured, expected, tuple(unmeasured))
+            yield Sum(which, seconds[which], measured, expected, tuple(unmeasured), launches * turn_s(seconds))
+
+
+def turn_s(seconds: dict[Case, float]) -> float:
+    """Seconds from one kernel to a different one, from the small kernels that took turns; 0 where they were not measured."""
+    together = [*TURNS, TURN]
+    if not all(which in seconds for which in together):
+        return 0.0
+    return max(seconds[TURN] - sum(seconds[which] for which in TURNS), 0.0) / len(TURNS)
 
 
 def lines(found: list[Sum]) -> list[str]:
