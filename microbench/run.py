@@ -49,7 +49,7 @@ def cases_of(names: Iterable[str]) -> list[Case]:
         if name in SUITES:
             chosen = [c for m in MODULES for c in m.cases(name)]
         elif name == BESIDE:
-            chosen = decoder.beside()
+            chosen = [*elementwise.TURNS, elementwise.TURN, *decoder.beside()]
         else:
             kernel, _, impl = name.partition("/")
             chosen = [c for c in everything if c.kernel == kernel and impl in ("", c.impl)]
