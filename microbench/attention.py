@@ -14,7 +14,7 @@ import torch
 from microbench import packages
 from microbench.case import Case, Prepared, case, l2_of, relative, sets_for
 from simulator.dtypes import CACHE_FORMATS, DTYPES
-from simulator.kernels.attention import Causal, Segment, Window, attention
+from simulator.kernels.attention import Block, Causal, Segment, Window, attention
 from simulator.kernels.latent_attention import latent_attention
 from simulator.work import Op
 
@@ -38,15 +38,15 @@ MOST_CACHE = 20e9
 
 def over(
     kernel: str, impl: str, dtype: str, layout: HeadLayout, *, tokens: int, context: int, sequences: int = 1, window: int = 0,
-    regime: str = "steady",
+    full: bool = False, regime: str = "steady",
 ) -> Case:  # fmt: skip
-    """A case of `tokens` new tokens that end a context, for each of `sequences`.
+    """A case of `tokens` new tokens that end a context, for each of `sequences`; `full`: every token sees all of it.
 
     >>> over("attention", "cudnn", "bf16", (32, 8, 128, 128), tokens=512, context=2048).extents
     'sequences=1 tokens=512 context=2048 heads=32 kv_heads=8 head_dim=128 v_head_dim=128'
     """
     heads, kv_heads, head_dim, v_head_dim = layout
-    windowed = {"window": window} if window else {}
+    windowed = {"window": window} if window else {"full": 1} if full else {}
     return case(
         kernel, impl, dtype, regime=regime, sequences=sequences, tokens=tokens, context=context, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, v_head_dim=v_head_dim, **windowed,
@@ -78,7 +78,7 @@ def cases(suite: str) -> list[Case]:
         found.append(over("attention", "cudnn", "bf16", (8, 1, 128, 128), tokens=131072, context=131072))
         found += [_decode("triton", "bf16", (8, 1, 128, 128), b, c) for b, c in ((1, 131072), (8, 8192), (64, 8192), (1, 1048576))]
         return found
-    return [*found, *_chunks_and_windows(), *_prefills(), *_decodes(), *_installed()]
+    return [*found, *_chunks_and_windows(), *_rectangles(), *_prefills(), *_decodes(), *_installed()]
 
 
 def _installed() -> list[Case]:
@@ -111,6 +111,20 @@ def _chunks_and_windows() -> list[Case]:
             over("attention", "flash2", "bf16", layout, tokens=tokens, context=context, window=window)
             for layout in ((32, 8, 128, 128), (64, 8, 64, 64))
         ]
+    return found
+
+
+def _rectangles() -> list[Case]:
+    """Blocks without a mask: what a ring turns, what a chunk does before its own triangle, encoders."""
+    found = []
+    sizes = [(t, c) for t in (512, 2048, 8192) for c in (2048, 8192, 32768, 131072) if c >= t] + [(8192, 4096), (32768, 32768)]
+    for index, layout in enumerate(((32, 8, 128, 128), (8, 1, 128, 128), (64, 8, 64, 64), (32, 32, 128, 128), (16, 16, 192, 128))):
+        for tokens, context in sizes:
+            found.append(over("attention", "cudnn", "bf16", layout, tokens=tokens, context=context, full=True))
+            if index < 3 and tokens * context <= 2**28:  # noqa: PLR2004 (three layouts, 8K over 32K)
+                found.append(over("attention_backward", "cudnn", "bf16", layout, tokens=tokens, context=context, full=True))
+            if index < 2 and tokens >= 2048:  # noqa: PLR2004 (two layouts, the longer blocks)
+                found.append(over("attention", "flash2", "bf16", layout, tokens=tokens, context=context, full=True))
     return found
 
 
@@ -170,7 +184,9 @@ def op(which: Case) -> Op:
             rope_head_dim=which["head_dim"] - which["v_head_dim"], impl=which.impl,
         )  # fmt: skip
     window = which.get("window")
-    mask = Window(window) if window else Causal()
+    mask: Causal | Window | Block = Window(window) if window else Causal()
+    if which.get("full"):
+        segment, mask = segment._replace(prefix=0.0), Block(float(which["context"]))
     return attention(
         "core", segment, heads=float(which["heads"]), kv_heads=float(which["kv_heads"]), head_dim=which["head_dim"],
         v_head_dim=which["v_head_dim"], mask=mask, cache=CACHE_FORMATS[which.dtype], impl=which.impl,
@@ -187,26 +203,26 @@ def prepare(which: Case, device: Any) -> Prepared:
     q = _random((sets, b, new, h, which["head_dim"]), device)
     k = _random((sets, b, seen, g, which["head_dim"]), device)
     v = _random((sets, b, seen, g, which["v_head_dim"]), device)
-    window = which.get("window")
+    window, causal = which.get("window"), not which.get("full")
     if which.kernel == "attention":
-        return Prepared(lambda i: forward(which.impl, q[i], k[i], v[i], window=window), sets, hot=hot)
+        return Prepared(lambda i: forward(which.impl, q[i], k[i], v[i], window=window, causal=causal), sets, hot=hot)
     grads = _random((b, new, h, which["v_head_dim"]), device)
-    saved = [saving(which.impl, q[i], k[i], v[i]) for i in range(sets)]
-    return Prepared(lambda i: backward(which.impl, grads, q[i], k[i], v[i], saved[i]), sets, hot=hot)
+    saved = [saving(which.impl, q[i], k[i], v[i], causal=causal) for i in range(sets)]
+    return Prepared(lambda i: backward(which.impl, grads, q[i], k[i], v[i], saved[i], causal=causal), sets, hot=hot)
 
 
-def forward(impl: str, q: Any, k: Any, v: Any, *, window: int = 0) -> Any:
-    """Causal attention, aligned to the last key: q (B, C, h, d), k (B, N, g, d), v (B, N, g, d_v) -> (B, C, h, d_v)."""
+def forward(impl: str, q: Any, k: Any, v: Any, *, window: int = 0, causal: bool = True) -> Any:
+    """Attention, causal ones aligned to the last key: q (B, C, h, d), k (B, N, g, d), v (B, N, g, d_v) -> (B, C, h, d_v)."""
     if impl in packages.PACKAGES:
         return packages.forward(impl, q, k, v, window=window)
     if impl == "flash2" and q.is_cuda:
-        return _flash2(q, k, v, window)[0]
-    if q.shape[1] != k.shape[1] or window:
+        return _flash2(q, k, v, window, causal=causal)[0]
+    if causal and (q.shape[1] != k.shape[1] or window):
         message = f"attention impl {impl!r}: PyTorch offers no chunk after a prefix and no window here; use flash2"
         raise ValueError(message)
     with torch.nn.attention.sdpa_kernel(_backend(impl)):
         out = torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2), *(_repeated(impl, t, q).transpose(1, 2) for t in (k, v)), is_causal=True, enable_gqa=impl != "efficient"
+            q.transpose(1, 2), *(_repeated(impl, t, q).transpose(1, 2) for t in (k, v)), is_causal=causal, enable_gqa=impl != "efficient"
         )
     return out.transpose(1, 2)
 
@@ -225,20 +241,20 @@ def _backend(impl: str) -> Any:
     return named[impl]
 
 
-def _flash2(q: Any, k: Any, v: Any, window: int = 0) -> Any:
+def _flash2(q: Any, k: Any, v: Any, window: int = 0, *, causal: bool = True) -> Any:
     return torch.ops.aten._flash_attention_forward(  # noqa: SLF001
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False,
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False,
         window_size_left=window - 1 if window else None, window_size_right=0 if window else None,
     )  # fmt: skip
 
 
-def saving(impl: str, q: Any, k: Any, v: Any) -> Any:
+def saving(impl: str, q: Any, k: Any, v: Any, *, causal: bool = True) -> Any:
     """What the backward of `impl` needs of the forward."""
     if impl == "flash2":
-        return _flash2(q, k, v)
+        return _flash2(q, k, v, causal=causal)
     if impl == "cudnn":
         return torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
-            *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, True, False
+            *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, causal, False
         )
     if impl == "efficient":
         q, k, v = q.transpose(1, 2), _repeated(impl, k, q).transpose(1, 2), _repeated(impl, v, q).transpose(1, 2)
@@ -247,19 +263,19 @@ def saving(impl: str, q: Any, k: Any, v: Any) -> Any:
     return leaves, forward(impl, *leaves)
 
 
-def backward(impl: str, grads: Any, q: Any, k: Any, v: Any, saved: Any) -> Any:
+def backward(impl: str, grads: Any, q: Any, k: Any, v: Any, saved: Any, *, causal: bool = True) -> Any:
     """Gradients of q, k and v."""
     aten = torch.ops.aten
     if impl == "flash2":
         out, lse, seed, offset = saved[:4]
         return aten._flash_attention_backward(  # noqa: SLF001
-            grads, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, offset
+            grads, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, seed, offset
         )
     if impl == "cudnn":
         out, lse, seed, offset = saved[0], saved[1], saved[6], saved[7]
         return aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
             grads.transpose(1, 2), *(t.transpose(1, 2) for t in (q, k, v)), out, lse, seed, offset, None, None, None,
-            q.shape[1], k.shape[1], 0.0, True,
+            q.shape[1], k.shape[1], 0.0, causal,
         )  # fmt: skip
     if impl == "efficient":
         out, lse, seed, offset = saved
@@ -319,15 +335,19 @@ def error(which: Case, device: Any) -> float:
         return _decode_error(which, device, b)
     new = min(which["tokens"], 192)
     seen = new + min(which["context"] - which["tokens"], 192)
-    window = min(which.get("window"), 100)
+    window, causal = min(which.get("window"), 100), not which.get("full")
     q, k, v = _random((b, new, h, d), device), _random((b, seen, g, d), device), _random((b, seen, g, dv), device)
+
+    def wanted(q: Any, k: Any, v: Any) -> Any:
+        return reference(q, k, v, window, causal=causal)
+
     if which.kernel == "attention":
-        return relative(forward(which.impl, q, k, v, window=window).double(), reference(q.double(), k.double(), v.double(), window))
+        return relative(forward(which.impl, q, k, v, window=window, causal=causal).double(), wanted(q.double(), k.double(), v.double()))
     grads = _random((b, new, h, dv), device)
-    got = backward(which.impl, grads, q, k, v, saving(which.impl, q, k, v))
+    got = backward(which.impl, grads, q, k, v, saving(which.impl, q, k, v, causal=causal), causal=causal)
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
     wide_q, wide_k, wide_v = leaves
-    want = torch.autograd.grad(reference(wide_q, wide_k, wide_v, 0), leaves, grads.double())
+    want = torch.autograd.grad(wanted(wide_q, wide_k, wide_v), leaves, grads.double())
     return max(relative(_as_rows(a, w.shape).double(), w) for a, w in zip(got[:3], want, strict=True))
 
 
@@ -371,12 +391,13 @@ def _decode_error(which: Case, device: Any, b: int) -> float:
     return relative(out.double(), reference(q.unsqueeze(1).double(), rows_k, rows_v, 0)[:, 0])
 
 
-def reference(q: Any, k: Any, v: Any, window: int) -> Any:
-    """softmax(q k^T / sqrt(d)) v in the precision given, scores in full, causal from the last key backwards."""
+def reference(q: Any, k: Any, v: Any, window: int, *, causal: bool = True) -> Any:
+    """softmax(q k^T / sqrt(d)) v in the precision given, scores in full; causal ones from the last key backwards."""
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores = torch.einsum("bchd,bnhd->bhcn", q, k) * q.shape[-1] ** -0.5
     positions = torch.arange(k.shape[1], device=q.device)
     distance = positions[None, :] - positions[k.shape[1] - q.shape[1] :, None]
     hidden = (distance > 0) | (distance <= -window if window else torch.zeros_like(distance, dtype=torch.bool))
-    return torch.einsum("bhcn,bnhd->bchd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+    shown = scores.masked_fill(hidden, float("-inf")) if causal else scores
+    return torch.einsum("bhcn,bnhd->bchd", shown.softmax(-1), v)

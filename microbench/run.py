@@ -136,7 +136,7 @@ def todo(names: Sequence[str], folder: Path) -> list[Case]:
 
 def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ...], float]) -> dict[str, Any]:
     module = module_of(which.kernel)
-    layout = (which.get(name) for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "window", "width"))
+    layout = (which.get(name) for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "window", "full", "width"))
     kind = (which.kernel, which.impl, which.dtype, *layout)
     if kind not in checked:
         checked[kind] = module.error(which, device)

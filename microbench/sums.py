@@ -13,12 +13,13 @@ from pathlib import Path
 
 from microbench import decoder
 from microbench.case import Case
-from microbench.elementwise import TURN, TURNS
 from microbench.run import case_of, read
 from simulator.calibration import Calibration
+from simulator.data import observed
 from simulator.hardware import cluster, gpu
 from simulator.timing import Clock
 
+TURN_S = observed("turn_s")
 #: How far the sum may be from the measured layer.
 ALLOWED = 0.05
 
@@ -79,15 +80,8 @@ def _of(seconds: dict[Case, float], clock: Clock) -> Iterator[Sum]:
             else:
                 break
         else:
-            yield Sum(which, seconds[which], measured, expected, tuple(unmeasured), launches * turn_s(seconds))
+            yield Sum(which, seconds[which], measured, expected, tuple(unmeasured), launches * TURN_S)
 
-
-def turn_s(seconds: dict[Case, float]) -> float:
-    """Seconds from one kernel to a different one, from the small kernels that took turns; 0 where they were not measured."""
-    together = [*TURNS, TURN]
-    if not all(which in seconds for which in together):
-        return 0.0
-    return max(seconds[TURN] - sum(seconds[which] for which in TURNS), 0.0) / len(TURNS)
 
 
 def lines(found: list[Sum]) -> list[str]:

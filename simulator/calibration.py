@@ -13,6 +13,7 @@ import tomllib
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from simulator.data import data_path, observed
 from simulator.hardware import TIMED, Gpu
@@ -59,10 +60,23 @@ IDENTITY = Constants()
 _TWINS = {"fp16": "bf16", "bf16": "fp16"}
 
 
+class MeasuredLink(NamedTuple):
+    """How one pattern travels between `ranks` neighbours of a scale-up domain: t = the least over i of latency_s[i] + w /
+    bytes_per_s[i], w the wire bytes of a rank.  Short messages take the first line, long ones the last.
+    """
+
+    pattern: str
+    ranks: int
+    latency_s: tuple[float, ...]
+    bytes_per_s: tuple[float, ...]
+    source: str = ""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Constants by family; `common_sigma` is the error shared by all ops (clock, engine).  Kernels beside a message run
-    1 + `interference` as long: it takes SMs and memory bandwidth from them (0 until measured).
+    1 + `interference` as long: it takes SMs and memory bandwidth from them (0 until measured).  `links`: patterns measured on
+    groups of some size; others are worked out (`collectives.port`).
     """
 
     gpu: str = ""
@@ -70,6 +84,7 @@ class Calibration:
     common_sigma: float = 0.0
     description: str = "none: the identity"
     interference: float = 0.0
+    links: tuple[MeasuredLink, ...] = ()
 
     @staticmethod
     def none() -> Calibration:
@@ -123,8 +138,14 @@ def _load(gpu: Gpu) -> Calibration:
                 # what was not measured keeps what lay below; a row without a dtype stands for all
                 families = {f: c for f, c in families.items() if (*f[:2], "") not in found} | found
         if top is not None:
-            return replace(top, families=families, description=title + top.description)
+            alike = not title or _joined(gpu) == _joined(named(name))
+            return replace(top, families=families, description=title + top.description, links=top.links if alike else ())
     return _assumed(gpu)
+
+
+def _joined(gpu: Gpu) -> tuple[object, ...]:
+    """What decides how messages travel between neighbours."""
+    return (gpu.architecture, *((gpu.links[0].kind, gpu.links[0].bytes_per_s) if gpu.links else ()))
 
 
 #: What a borrowed constant adds to its error: another board of the same architecture, scaled by datasheet.
@@ -178,7 +199,23 @@ def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str =
         raise ValueError(message)
     rows = sorted((row for row in rows if row.get("architecture", architecture) == architecture), key=lambda row: "architecture" in row)
     families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row, file) for row in rows}
-    return Calibration(gpu, families, float(common), f"{data.get('description', gpu)} ({whose} profile)", float(interference))
+    described = f"{data.get('description', gpu)} ({whose} profile)"
+    return Calibration(gpu, families, float(common), described, float(interference), _links(data.get("link", []), file))
+
+
+def _links(rows: object, file: Path) -> tuple[MeasuredLink, ...]:
+    return tuple(_link(row, file) for row in rows) if isinstance(rows, list) else ()
+
+
+def _link(row: object, file: Path) -> MeasuredLink:
+    given = row if isinstance(row, dict) else {}
+    lines = [given.get("latency_s"), given.get("bytes_per_s")]
+    latency, rate = (tuple(line) if isinstance(line, list) else () for line in lines)
+    ranks = given.get("ranks")
+    if not isinstance(ranks, int) or len(latency) != len(rate) or not latency or not all(_is_number(v, least=0.0) and v for v in latency + rate):
+        message = f"{file}: [[link]] {row!r} is no pattern, ranks, latency_s and as many bytes_per_s; calibrate again"
+        raise ValueError(message)
+    return MeasuredLink(str(given.get("pattern")), ranks, latency, rate, str(given.get("source", "")))
 
 
 BASES = ("measured", "calibrated", "analytic", "assumed")

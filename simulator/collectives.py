@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simulator.calibration import MeasuredLink
 from simulator.data import data_path
 from simulator.hardware import Cluster, link_seeds
 from simulator.units import Bytes, BytesPerSecond, Num, Seconds, floor, maximum, minimum, where
@@ -93,19 +94,22 @@ def span(group: Group, cluster: Cluster) -> Span:
     )
 
 
-def port(pattern: str, group: Group, cluster: Cluster, *, algorithm: str | None = None) -> Port:
+def port(
+    pattern: str, group: Group, cluster: Cluster, *, algorithm: str | None = None, measured: tuple[MeasuredLink, ...] = ()
+) -> Port:
     """Every lane of a rank of `group` that is the fastest for some size; `algorithm` pins one ("ring", "tree", "nvls").
 
     Inside one scale-up domain everything moves at the domain's rate.  Across nodes rings cross a node's edge once each,
     so they run at min(scale-up, l x NIC); an all-to-all sends (n - l) / (n - 1) of its wire bytes through the rank's own
-    NIC; a group with one rank a node uses the NIC alone.
+    NIC; a group with one rank a node uses the NIC alone.  A pattern `measured` inside a scale-up domain, in a group of this size,
+    takes what was measured.
     """
     if isinstance(group.ranks, np.ndarray) or isinstance(group.stride, np.ndarray):
-        return _port_of_many(pattern, group, cluster, algorithm)
-    return _port(pattern, float(group.ranks), float(group.stride), cluster, algorithm)
+        return _port_of_many(pattern, group, cluster, algorithm, measured)
+    return _port(pattern, float(group.ranks), float(group.stride), cluster, algorithm, measured)
 
 
-def _port_of_many(pattern: str, group: Group, cluster: Cluster, algorithm: str | None) -> Port:
+def _port_of_many(pattern: str, group: Group, cluster: Cluster, algorithm: str | None, measured: tuple[MeasuredLink, ...]) -> Port:
     """As many groups as an array has cells are few different ones: each is worked out once and looked up."""
     ranks, stride = np.asarray(group.ranks, dtype=np.int64), np.asarray(group.stride, dtype=np.int64)
     wide = int(stride.max()) + 1
@@ -116,7 +120,7 @@ def _port_of_many(pattern: str, group: Group, cluster: Cluster, algorithm: str |
         few, place = np.flatnonzero(there), (np.cumsum(there) - 1)[key]
     else:
         few, place = np.unique(key, return_inverse=True)
-    ports = [_port(pattern, float(k // wide), float(k % wide), cluster, algorithm) for k in few]
+    ports = [_port(pattern, float(k // wide), float(k % wide), cluster, algorithm, measured) for k in few]
     most = max(len(p.lanes) for p in ports)
 
     def column(values: list[Num]) -> Num:
@@ -135,11 +139,17 @@ _TABLE = 2**20
 
 
 @lru_cache(maxsize=4096)
-def _port(pattern: str, ranks: float, stride: float, cluster: Cluster, algorithm: str | None) -> Port:
+def _port(
+    pattern: str, ranks: float, stride: float, cluster: Cluster, algorithm: str | None, measured: tuple[MeasuredLink, ...]
+) -> Port:
     group = Group(pattern, ranks, stride)
     where_ = span(group, cluster)
     n = group.ranks
     inner, outer = where_.inner_bytes_per_s, where_.outer_bytes_per_s
+    known = next((link for link in measured if (link.pattern, link.ranks) == (pattern, n)), None)
+    if known is not None and algorithm is None and not np.any(where_.outside):
+        lines = sorted(zip(known.latency_s, known.bytes_per_s, strict=True))
+        return Port(1.0, inner, tuple(Lane("measured", latency, inner / rate) for latency, rate in lines))
     share: Num = 1.0
     if pattern == "all_to_all":
         share = where(where_.outside, maximum(n - where_.local, 0.0) / maximum(n - 1.0, 1.0), 1.0)

@@ -45,7 +45,7 @@ class Clock:
         plain = isinstance(group.ranks, float) and isinstance(group.stride, float)
         key = (op.pattern, group.ranks, group.stride) if plain else (op.pattern, id(group))
         if key not in self._ports:
-            self._ports[key] = (group, port(op.pattern, group, self.cluster))
+            self._ports[key] = (group, port(op.pattern, group, self.cluster, measured=self.calibration.links))
         return self._ports[key][1]
 
     def demand(self, op: Leaf) -> Mapping[str, Seconds]:
@@ -76,7 +76,7 @@ class Clock:
         """The calibrated time of the op alone."""
         constants = self.calibration.constants(op.family)
         if isinstance(op, Message):
-            return carry(op.wire_bytes, self.port(op), constants.memory) + where_any(op.wire_bytes, constants.launch_s)
+            return carry(op.wire_bytes, self.port(op), constants.memory)
         if op.kernel == "host":
             return op.shape["seconds"] / constants.memory
         if op.kernel == "host_copy":

@@ -1,14 +1,14 @@
 """Runs of the sharing algorithms beside what the simulator says of them; links and interference fitted to rows that may be.
 
-- Links: each pattern's share of the link's attainable rate (`memory`) and what a call takes beyond NCCL's own latency
-  (`launch_s`), from collectives alone on the links.
+- Links: for each pattern a few straight lines of seconds over wire bytes, of which a message takes the fastest, from collectives
+  alone on the links.
 - Interference: kernels beside a message run 1 + i as long.  Fitted on programs that overlap, relative to the same program's
   own compute (`silent_s`), so that the error of a kernel's time does not enter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from scipy.optimize import least_squares, minimize_scalar
 from microbench.case import Case
 from microbench.ring.suite import module_of
 from microbench.run import case_of, read
-from simulator.calibration import Calibration, Constants, Family
+from simulator.calibration import Calibration, MeasuredLink
 from simulator.hardware import Cluster, Gpu, cluster, gpu
 from simulator.kernels.elementwise import elementwise
 from simulator.timing import Clock, calibrated
 from simulator.units import Array, Seconds
-from simulator.work import Leaf, Message, Repeat, Work, fold
+from simulator.work import Leaf, Message, Overlap, Repeat, Select, Serial, Work, fold, quantity
 
-#: Bytes from which a collective counts as large.
-LARGE = 1e6
+#: Straight lines that stand for a pattern's time over its bytes: as many as its fitted rows ask for.
+LINES = 4
 #: Exposed communication is judged where it is at least this share of the time.
 SHOWN = 0.02
 
@@ -77,7 +77,17 @@ def gathered(folder: Path) -> tuple[Gpu, list[Row]]:
     if len(parts) != 1:
         message = f"{folder}: {'runs of several GPUs, ' + ', '.join(sorted(parts)) if parts else 'no runs of a GPU'}; give each its own folder"
         raise ValueError(message)
-    return gpu(parts.pop()), list(found.values())
+    return gpu(parts.pop()), [_with_products(row, found) for row in found.values()]
+
+
+def _with_products(row: Row, known: Mapping[tuple[Case, str], Row]) -> Row:
+    """Products beside messages take by themselves what they took where no message was."""
+    if row.case.kernel != "gemm_beside":
+        return row
+    alone = next(
+        (r for r in known.values() if r.case.kernel == row.case.kernel and r.case.impl == "none" and r.case["ranks"] == row.case["ranks"]), None
+    )
+    return row if alone is None else replace(row, silent_s=alone.seconds * row.case["gemms"] / alone.case["gemms"])
 
 
 def clock(machine: Cluster, calibration: Calibration, backend: str) -> Clock:
@@ -103,40 +113,41 @@ def silent(work: Work, on: Clock) -> float:
     return float(np.sum(fold(work, calibrated(type(on)(on.cluster, plain), seconds, demand))))  # type: ignore[arg-type]
 
 
-def is_plain(row: Row) -> bool:
-    """A collective with nothing beside it."""
-    return row.case.kernel == "collective" and not row.case.get("beside")
-
-
-def links(rows: Sequence[Row], machine: Cluster) -> dict[Family, Constants]:
-    """Each pattern's constants from its fitted rows on real links."""
-    found: dict[Family, Constants] = {}
-    plain = [row for row in rows if is_plain(row) and row.backend == "nccl"]
-    for pattern in dict.fromkeys(row.case.impl for row in plain):
-        own = [row for row in plain if row.case.impl == pattern]
+def links(rows: Sequence[Row], part: Gpu) -> list[MeasuredLink]:
+    """Each pattern between each number of ranks: the best LINES straight lines of which a message takes the fastest, by its fitted
+    rows on real links.  No line is slower than a tenth of the port or faster than all of it.
+    """
+    peak = float(cluster(part, 2).tiers[0].bytes_per_s)
+    low, high = (np.log(np.repeat(ends, LINES)) for ends in ((1e-6, 0.1 * peak), (1e-3, peak)))
+    plain = [row for row in rows if row.case.kernel == "collective" and row.backend == "nccl"]
+    found = []
+    for pattern, ranks in dict.fromkeys((row.case.impl, row.case["ranks"]) for row in plain):
+        own = [row for row in plain if (row.case.impl, row.case["ranks"]) == (pattern, ranks)]
         used = [row for row in own if not row.case.held]
-        if len(used) < 5:  # noqa: PLR2004 (two constants need a few rows)
+        if len(used) < 2 * LINES:
             continue
-        family = ("message", pattern, "")
-        seconds = np.log([row.seconds for row in used])
-        works = [module_of(row.case).work(row.case) for row in used]
+        wire = np.array([float(fold(module_of(row.case).work(row.case), quantity("wire_bytes"))) for row in used])
+        seconds = np.array([row.seconds for row in used])
 
-        def constants(x: Array) -> Constants:
-            return Constants(memory=float(np.exp(x[0])), launch_s=float(np.exp(x[1])))
+        def residuals(x: Array, wire: Array = wire, seconds: Array = seconds) -> Array:
+            lines = np.exp(x[:LINES, None]) + wire / np.exp(x[LINES:, None])
+            return np.asarray(np.log(lines.min(0) / seconds), dtype=float)
 
-        def residuals(x: Array, family: Family = family, works: list[Work] = works, seconds: Array = seconds) -> Array:
-            on = Clock(machine, Calibration(machine.gpu.name, {family: constants(x)}))
-            return np.array([np.log(predicted(work, on)) for work in works]) - seconds
-
-        best = least_squares(residuals, np.log([0.95, 2e-6]), bounds=(np.log([0.3, 1e-9]), np.log([1.6, 1e-4])), loss="soft_l1", f_scale=0.05)
-        fitted = Constants(memory=float(f"{np.exp(best.x[0]):.4g}"), launch_s=float(f"{np.exp(best.x[1]):.4g}"))
-        on = Clock(machine, Calibration(machine.gpu.name, {family: fitted}))
-        held = [row for row in own if row.case.held] or own
-        error = [abs(np.log(predicted(module_of(r.case).work(r.case), on) / r.seconds)) for r in held]
-        found[family] = replace(
-            fitted, sigma=round(float(max(np.quantile(error, 0.8) / 1.2816, 0.01)), 4), basis="calibrated", rows=len(used),
-            source=f"{len(own)} rows measured on {machine.gpus} x {machine.gpu.title}, {len(used)} fitted",
-        )  # fmt: skip
+        starts = [
+            np.log([*(seconds.min() * spread ** np.linspace(0, 1, LINES)), *((wire / seconds).max() * np.linspace(slow, 1, LINES))])
+            for spread in (2, 4, 8, 16)
+            for slow in (0.3, 0.5, 0.7)
+        ]
+        best = min(
+            (least_squares(residuals, np.clip(x, low, high), bounds=(low, high), loss="soft_l1", f_scale=0.05) for x in starts),
+            key=lambda one: float(one.cost),
+        )
+        latency, rate = np.exp(best.x[:LINES]), np.exp(best.x[LINES:])
+        order = np.argsort(latency)
+        found.append(MeasuredLink(
+            pattern, ranks, tuple(float(f"{latency[i]:.4g}") for i in order), tuple(float(f"{rate[i]:.4g}") for i in order),
+            f"{len(own)} rows measured on {ranks} x {part.title}, {len(used)} fitted",
+        ))  # fmt: skip
     return found
 
 
@@ -146,8 +157,6 @@ def overlaps(work: Work) -> bool:
 
 
 def _slowed(work: Work) -> list[bool]:
-    from simulator.work import Overlap, Select, Serial  # noqa: PLC0415
-
     if isinstance(work, Overlap):
         return [True]
     if isinstance(work, Serial):
@@ -164,7 +173,7 @@ def interference(rows: Sequence[Row], machine: Cluster, calibration: Calibration
     used = [
         (module_of(row.case).work(row.case), row)
         for row in rows
-        if row.backend == backend and not row.case.held and row.case.kernel not in ("collective", "gemm_beside")
+        if row.backend == backend and not row.case.held and row.case.kernel != "collective"
     ]
     used = [(work, row) for work, row in used if row.silent_s > 0.1 * row.seconds and overlaps(work)]
     if not used:
@@ -177,7 +186,7 @@ def interference(rows: Sequence[Row], machine: Cluster, calibration: Calibration
         error = [np.log(predicted(w, on) / a * row.silent_s / row.seconds) for (w, row), a in zip(used, alone, strict=True)]
         return float(np.sum(np.abs(error)))
 
-    return round(float(minimize_scalar(loss, bounds=(1e-4, 1.0), method="bounded", options={"xatol": 1e-4}).x), 4)
+    return round(float(minimize_scalar(loss, bounds=(1e-4, 8.0), method="bounded", options={"xatol": 1e-4}).x), 4)
 
 
 @dataclass(frozen=True)
