@@ -260,7 +260,7 @@ def saving(impl: str, q: Any, k: Any, v: Any, *, causal: bool = True) -> Any:
         q, k, v = q.transpose(1, 2), _repeated(impl, k, q).transpose(1, 2), _repeated(impl, v, q).transpose(1, 2)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)  # noqa: SLF001
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    return leaves, forward(impl, *leaves)
+    return leaves, forward(impl, *leaves, causal=causal)
 
 
 def backward(impl: str, grads: Any, q: Any, k: Any, v: Any, saved: Any, *, causal: bool = True) -> Any:
