@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -75,7 +76,8 @@ class MeasuredLink(NamedTuple):
 @dataclass(frozen=True)
 class Calibration:
     """Constants by family; `common_sigma` is the error shared by all ops (clock, engine).  Kernels beside a message run
-    1 + `interference` as long: it takes SMs and memory bandwidth from them (0 until measured).  `links`: patterns measured on
+    1 + i as long: it takes SMs and memory bandwidth from them.  `interference` holds i by kernel, "" for kernels it does not name;
+    none was measured where it is empty.  `links`: patterns measured on
     groups of some size; others are worked out (`collectives.port`).
     """
 
@@ -83,7 +85,7 @@ class Calibration:
     families: dict[Family, Constants] = field(default_factory=dict)
     common_sigma: float = 0.0
     description: str = "none: the identity"
-    interference: float = 0.0
+    interference: Mapping[str, float] = field(default_factory=dict)
     links: tuple[MeasuredLink, ...] = ()
 
     @staticmethod
@@ -108,6 +110,10 @@ class Calibration:
             found = next((self.families[key] for key in keys if key in self.families), IDENTITY)
             self._resolved[family] = found
         return found
+
+    def slowed(self, kernel: str) -> float:
+        """How much longer a kernel runs beside a message: i of 1 + i."""
+        return self.interference.get(kernel, self.interference.get("", 0.0))
 
     @property
     def _resolved(self) -> dict[Family, Constants]:
@@ -139,7 +145,8 @@ def _load(gpu: Gpu) -> Calibration:
                 families = {f: c for f, c in families.items() if (*f[:2], "") not in found} | found
         if top is not None:
             alike = not title or _joined(gpu) == _joined(named(name))
-            return replace(top, families=families, description=title + top.description, links=top.links if alike else ())
+            links, interference = (top.links, top.interference) if alike else ((), {})
+            return replace(top, families=families, description=title + top.description, links=links, interference=interference)
     return _assumed(gpu)
 
 
@@ -187,12 +194,12 @@ def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str =
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{file}: not TOML ({error}); calibrate again"
         raise ValueError(message) from error
-    rows, common, interference = data.get("family"), data.get("common_sigma", 0.0), data.get("interference", 0.0)
+    rows, common, interference = data.get("family"), data.get("common_sigma", 0.0), data.get("interference", {})
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("kernel"), str) for row in rows):
         message = f"{file}: has no [[family]] tables with a kernel each; calibrate again"
         raise ValueError(message)
-    if not _is_number(interference, least=0.0):
-        message = f"{file}: interference = {interference!r} is not a number from 0; calibrate again"
+    if not isinstance(interference, dict) or not all(_is_number(i, least=0.0) for i in interference.values()):
+        message = f"{file}: interference = {interference!r} holds no numbers from 0 by kernel; calibrate again"
         raise ValueError(message)
     if not _is_number(common, least=0.0):
         message = f"{file}: common_sigma = {common!r} is not a number from 0; calibrate again"
@@ -200,7 +207,7 @@ def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str =
     rows = sorted((row for row in rows if row.get("architecture", architecture) == architecture), key=lambda row: "architecture" in row)
     families = {(row["kernel"], row.get("impl", ""), row.get("dtype", "")): _constants(row, file) for row in rows}
     described = f"{data.get('description', gpu)} ({whose} profile)"
-    return Calibration(gpu, families, float(common), described, float(interference), _links(data.get("link", []), file))
+    return Calibration(gpu, families, float(common), described, interference, _links(data.get("link", []), file))
 
 
 def _links(rows: object, file: Path) -> tuple[MeasuredLink, ...]:

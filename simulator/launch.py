@@ -35,7 +35,8 @@ class Launched(NamedTuple):
     `tiles` are independent units of work, `slots` how many run at once, `depth` the trip count of a tile's inner loop.
     `variant` is 1 where a second kernel of the family runs: heads wider than 192, whose tiles crowd the registers; decode whose
     keys need no split.  `splits` are partial results that a further kernel merges one after the other.
-    `windowed` is 1 where a window hides keys at both ends of a tile's sweep.  `streams`: the second kernel reads memory at
+    `windowed` is 1 where a window hides keys at both ends of a tile's sweep.  `uneven`: the longest tile over the mean one, less 1.
+    `streams`: the second kernel reads memory at
     another rate too, because it only streams (decode).
     """
 
@@ -48,6 +49,7 @@ class Launched(NamedTuple):
     variant: Num = 0.0
     splits: Num = 1.0
     windowed: Num = 0.0
+    uneven: Num = 1.0
     streams: bool = False
 
 
@@ -96,7 +98,9 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     larger head sweeps miss more and more: x^2 / (1 + x^2), x = bytes of K and V that one key-value head reads / 2.13 L2.  DRAM
     counters on an H200 show 1 %, 17 %, 50 % and 72 % at 34, 67, 134 and 268 MB (5, 20, 50, 80 here; a formula without a kink,
     because runs of chunks stand for their means).  At a million tokens this, not the tensor cores, binds.
-    Backward walks key tiles and keeps them; it adds fp32 sums of dQ (written, read, converted) and, for grouped heads, dK and dV
+    Tiles of a triangle are uneven (the longest twice the mean), those of a block without a mask are alike: a block fills the machine as
+    soon as its tiles do.
+    Backward's tiles are keys, which meet queries one after the other; it adds fp32 sums of dQ (written, read, converted) and, for grouped heads, dK and dV
     per query head.  Source: FORMULAS 1.2, 3.3; data/calibration/h200_sxm.
     """
     s = op.shape
@@ -113,7 +117,10 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
         both = s["head_dim"] + s["v_head_dim"]
         sums = queries * (12.0 * s["head_dim"]) + where(s["heads"] > s["kv_heads"], queries * (4.0 * both), 0.0)
         flops = executed * (2.0 * (both + 2 * s["head_dim"] + s["v_head_dim"]))
-        return Launched(flops, executed, op.hbm_bytes + sums, tiles, gpu.units, depth, variant)
+        keys = live / sequences
+        swept = s["scores"] / (sequences * s["heads"] * keys) + edge
+        tiles = ceil(keys * (1 / rows)) * (s["heads"] * sequences)
+        return Launched(flops, executed, op.hbm_bytes + sums, tiles, gpu.units, swept, variant, uneven=_uneven(tokens, swept))
     swept = depth * s["row_bytes"] / s["kv_heads"]
     head = live / sequences * s["row_bytes"] / s["kv_heads"]
     excess = head * (1.0 / (HALF_MISSED * gpu.l2_bytes))
@@ -121,8 +128,13 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     again = tiles * swept * missed
     return Launched(
         executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant,
-        windowed=maximum(s["masked"] - 1.0, 0.0),
+        windowed=maximum(s["masked"] - 1.0, 0.0), uneven=_uneven(s["keys"], depth),
     )  # fmt: skip
+
+
+def _uneven(longest: Num, mean: Num) -> Num:
+    """How much the longest of a launch's tiles exceeds the mean: 0 for a block, 1 for a triangle."""
+    return minimum(maximum(longest / maximum(mean, 1e-9) - 1.0, 0.0), 1.0)
 
 
 def launch_decode(op: Op, gpu: Gpu) -> Launched:
@@ -172,12 +184,12 @@ def launch(op: Op, gpu: Gpu) -> Launched:
 def fills(launched: Launched, split: Num, wave: Num) -> Num:
     """The share of the machine that a launch keeps busy, from its tiles and the slots they run in.
 
-    1 / fill = max(1, slots / (split x tiles)) + wave x slots / (split x tiles): kernels cut tiles (smaller tiles, split-K)
-    until the machine is full, and the last wave is partly empty.  Waves do not step on a machine at its power limit: what a
+    1 / fill = max(1, slots / (split x tiles)) + wave x uneven x slots / (split x tiles): kernels cut tiles (smaller tiles, split-K)
+    until the machine is full, and uneven tiles leave the end of it empty.  Waves do not step on a machine at its power limit: what a
     part-filled wave saves in power the others gain in clock.
     """
     ratio = launched.slots / maximum(launched.tiles * split, 1e-9)
-    return 1.0 / (maximum(ratio, 1.0) + ratio * wave)
+    return 1.0 / (maximum(ratio, 1.0) + ratio * (wave * launched.uneven))
 
 
 def launch_gathered(op: Op, gpu: Gpu) -> Launched:

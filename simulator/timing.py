@@ -21,7 +21,7 @@ from simulator.collectives import Port, carry, port
 from simulator.hardware import TIMED, Cluster
 from simulator.launch import fills, launch
 from simulator.units import Num, Seconds, maximum, minimum, raise_to, root, where
-from simulator.work import Demands, Group, Leaf, Message, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
+from simulator.work import Demands, Group, Known, Leaf, Message, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
 
 
 class Clock:
@@ -178,33 +178,38 @@ def calibrated(
     """
     seconds, asked = seconds or clock.expected, demand or clock.demand
     if clock.calibration.interference:
-        return Interfering(seconds, asked, clock.calibration.interference)
+        return Interfering(seconds, asked, clock.calibration.slowed)
     return SecondsOverlapped(seconds, asked)
 
 
 class Interfering(SecondsOverlapped):
-    """Expected times where kernels beside a message run 1 + i as long.
+    """Expected times where kernels beside a message run 1 + i as long, i = `slowed(kernel)`.
 
     While a message of m seconds moves, kernels do m / (1 + i) seconds' worth: with c seconds of them, an overlap takes
-    max(m, c + min(m, c (1 + i)) i / (1 + i)).
+    max(m, c + min(m, c (1 + i)) i / (1 + i)); i of several kernels is their mean by time.
     """
 
     def __init__(
-        self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]] | Demands, slowed: float
+        self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]] | Demands, slowed: Callable[[str], float]
     ) -> None:
         super().__init__(leaf_seconds, demand)
-        self.slowed = slowed
+        self.weighed = SecondsSerial(lambda op: 0.0 if isinstance(op, Message) else leaf_seconds(op) * slowed(op.kernel))
+        self.known: Known = {}
 
     def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:
         """As without interference, and never less than the slowed kernels."""
         free = super().overlap(parts, values)
         sent = [value for part, value in zip(parts, values, strict=True) if _sends(part)]
-        ran = [value for part, value in zip(parts, values, strict=True) if not _sends(part)]
-        if not sent or not ran:
+        if not sent:
             return free
-        moving, running = _longest(sent), _longest(ran)
-        beside = minimum(moving, running * (1 + self.slowed))
-        return maximum(free, running + beside * (self.slowed / (1 + self.slowed)))
+        moving = _longest(sent)
+        for part, running in zip(parts, values, strict=True):
+            if not _sends(part):
+                # running x i and the seconds that it takes beside the message
+                extra = fold(part, self.weighed, self.known)
+                beside = minimum(moving, running + extra)
+                free = maximum(free, running + beside * (extra / maximum(running + extra, 1e-30)))
+        return free
 
 
 def _longest(values: Sequence[Num]) -> Num:

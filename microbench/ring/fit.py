@@ -28,6 +28,8 @@ from simulator.work import Leaf, Message, Overlap, Repeat, Select, Serial, Work,
 
 #: Straight lines that stand for a pattern's time over its bytes: as many as its fitted rows ask for.
 LINES = 4
+#: Fewest rows that an interference is fitted from.
+LEAST = 3
 #: Exposed communication is judged where it is at least this share of the time.
 SHOWN = 0.02
 
@@ -109,7 +111,7 @@ def silent(work: Work, on: Clock) -> float:
     def demand(op: Leaf) -> Any:
         return {} if isinstance(op, Message) else on.demand(op)
 
-    plain = replace(on.calibration, interference=0.0)
+    plain = replace(on.calibration, interference={})
     return float(np.sum(fold(work, calibrated(type(on)(on.cluster, plain), seconds, demand))))  # type: ignore[arg-type]
 
 
@@ -168,25 +170,33 @@ def _slowed(work: Work) -> list[bool]:
     return [False]
 
 
-def interference(rows: Sequence[Row], machine: Cluster, calibration: Calibration, backend: str) -> float:
-    """How much longer kernels run beside messages: the i that explains p50 / silent of the fitted rows that overlap."""
-    used = [
-        (module_of(row.case).work(row.case), row)
-        for row in rows
-        if row.backend == backend and not row.case.held and row.case.kernel != "collective"
-    ]
-    used = [(work, row) for work, row in used if row.silent_s > 0.1 * row.seconds and overlaps(work)]
-    if not used:
-        return 0.0
-    quiet = clock(machine, replace(calibration, interference=0.0), backend)
-    alone = [silent(work, quiet) for work, _ in used]
+#: What runs beside the messages of each kernel of the suite.
+BESIDE = {"context_attention": "attention", "context_attention_backward": "attention_backward", "gemm_beside": "gemm", "pipeline_handover": "gemm"}
+
+
+def interference(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> dict[str, float]:
+    """How much longer kernels run beside messages on a link, by kernel: the i that explains p50 / silent of the fitted rows that
+    overlap with it; "" for kernels that none ran beside is that of all rows.
+    """
+    used = [row for row in rows if row.backend == "nccl" and not row.case.held and row.case.kernel in BESIDE and row.silent_s > 0.1 * row.seconds]
+    by_kernel = {"": used} | {kernel: [row for row in used if BESIDE[row.case.kernel] == kernel] for kernel in dict.fromkeys(BESIDE.values())}
+    return {kernel: _slowed_by(some, part, calibration) for kernel, some in by_kernel.items() if len(some) >= LEAST}
+
+
+def _slowed_by(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> float:
+    works = [(module_of(row.case).work(row.case), cluster(part, row.case["ranks"]), row) for row in rows]
+    works = [one for one in works if overlaps(one[0])]
+    alone = [silent(work, Clock(machine, calibration)) for work, machine, _ in works]
 
     def loss(i: float) -> float:
-        on = clock(machine, replace(calibration, interference=i), backend)
-        error = [np.log(predicted(w, on) / a * row.silent_s / row.seconds) for (w, row), a in zip(used, alone, strict=True)]
+        told = replace(calibration, interference={"": i})
+        error = [
+            np.log(predicted(work, Clock(machine, told)) / own * row.silent_s / row.seconds)
+            for (work, machine, row), own in zip(works, alone, strict=True)
+        ]
         return float(np.sum(np.abs(error)))
 
-    return round(float(minimize_scalar(loss, bounds=(1e-4, 8.0), method="bounded", options={"xatol": 1e-4}).x), 4)
+    return round(float(minimize_scalar(loss, bounds=(1e-4, 8.0), method="bounded", options={"xatol": 1e-4}).x), 3) if works else 0.0
 
 
 @dataclass(frozen=True)
@@ -210,11 +220,11 @@ class Judged:
         return (self.predicted_s - self.predicted_silent_s) / self.row.exposed_s - 1
 
 
-def judged(rows: Sequence[Row], part: Gpu, calibration: Calibration, *, loopback: float) -> Iterator[Judged]:
-    """Every row beside its prediction."""
+def judged(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> Iterator[Judged]:
+    """Every row beside its prediction.  A copy inside one device runs beside kernels and takes no SMs from them."""
     for row in rows:
         machine = cluster(part, row.case["ranks"] if row.backend == "nccl" else 1)
-        used = replace(calibration, interference=loopback) if row.backend == "loopback" else calibration
+        used = replace(calibration, interference={}) if row.backend == "loopback" else calibration
         on = clock(machine, used, row.backend)
         work = module_of(row.case).work(row.case)
         yield Judged(row, predicted(work, on), silent(work, on))
