@@ -20,7 +20,8 @@ def _need(*names: str) -> None:
 @click.command()
 @click.option(
     "--suite", "suites", multiple=True, default=("quick",), show_default=True,
-    help="quick, full, layers (whole layers beside their ops), tiny, a kernel (attention), or one implementation (attention/cudnn).",
+    help="quick, full, layers (whole layers beside their ops), ring (what ranks share), tiny, a kernel (attention), or one implementation "
+    "(attention/cudnn).",
 )  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of runs; a run adds one file.")
 @click.option("--seconds", type=click.FloatRange(1, 36_000), default=540.0, show_default=True, help="Longest slice; run again to go on.")
@@ -43,6 +44,11 @@ def bench(suites: tuple[str, ...], out: Path, seconds: float, *, counters: bool,
         told = count(out)
         click.echo(f"wrote {told}" if isinstance(told, Path) else told)
         return 0
+    if "ring" in suites:
+        _ring(out, seconds)
+        suites = tuple(name for name in suites if name != "ring")
+        if not suites:
+            return 0
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
@@ -71,6 +77,20 @@ def bench(suites: tuple[str, ...], out: Path, seconds: float, *, counters: bool,
     elif torch.cuda.is_available():
         click.echo(f"next: longctx calibrate {out}")
     return 0
+
+
+def _ring(out: Path, seconds: float) -> None:
+    """The algorithms of several ranks on what this machine has."""
+    from microbench.ring import suite  # noqa: PLC0415
+
+    click.echo(suite.plan(), err=True)
+    outcome = suite.bench(out, limit_s=seconds)
+    for line in outcome.skipped:
+        click.echo(f"left out: {line}", err=True)
+    if outcome.file is not None:
+        click.echo(f"{outcome.measured} programs measured, {outcome.known} known before: {outcome.file} and the timelines beside it")
+    if outcome.left:
+        click.echo(f"{outcome.left} programs wait for the next slice: run the same command again")
 
 
 @click.command()

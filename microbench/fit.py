@@ -11,7 +11,7 @@ import csv
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from scipy.optimize import least_squares
 
 from microbench import decoder
 from microbench.case import LONGEST_FITTED, Case
-from microbench.run import case_of, module_of, read
-from simulator.calibration import Calibration, Constants, Family
+from microbench.ring import fit as rings
+from microbench.run import case_of, module_of, read, runs_of
+from simulator.calibration import Calibration, Constants, Family, MeasuredLink
 from simulator.data import data_path, observed
 from simulator.hardware import Cluster, Gpu, cluster, gpu
 from simulator.timing import Clock, seconds_expected
@@ -91,7 +92,7 @@ def stacked(ops: Sequence[Op]) -> Op:
 
 def gather(folder: Path) -> tuple[Gpu, dict[Family, Rows]]:
     """The steady rows of a folder by family, of each case the newest.  Rows with inputs in the L2 cache are left out."""
-    files = sorted(file for file in folder.glob("*.csv") if "counters" not in file.name and file.name != "quality.csv")
+    files = runs_of(folder)
     if not files:
         message = f"{folder}: holds no run; measure with `longctx bench --out {folder}` first"
         raise ValueError(message)
@@ -166,7 +167,7 @@ def heat_of(folder: Path, part: Gpu) -> float:
     reads: list[tuple[float, float, float]] = []
     idle: list[float] = []
     limit = float("nan")
-    for file in sorted(folder.glob("*.csv")):
+    for file in runs_of(folder):
         facts, rows = read(file)
         limit = float(facts.get("power_limit_w", limit))
         for row in rows:
@@ -268,10 +269,41 @@ class Profile:
     quality: list[Quality]
     beaten: list[str]
     points: list[dict[str, object]]
+    links: tuple[MeasuredLink, ...] = ()
+    interference: Mapping[str, float] = field(default_factory=dict)
+
+    def standing(self) -> dict[Family, Constants]:
+        """Constants by family, and those that stand for a kernel whose implementation nobody names."""
+        found = dict(self.families)
+        for (kernel, impl, dtype), constants in self.families.items():
+            if impl and STANDS_FOR.get((kernel, dtype)) == impl:
+                found[kernel, "", dtype] = replace(constants, source=f"{impl} stands for it: {constants.source}")
+        return found
 
 
 def calibrate(folder: Path) -> Profile:
-    """Fit every family of a folder of runs, and judge it on the rows that were held out."""
+    """Fit every family of a folder of runs, and judge it on the rows that were held out; then links and what runs beside them."""
+    profile = _kernels(folder)
+    if not rings.files_of(folder):
+        return profile
+    part, rows = rings.gathered(folder)
+    below = Calibration.load(part)
+    known = replace(below, families=below.families | profile.standing(), links=tuple(rings.links(rows, part)), interference={})
+    known = replace(known, interference=rings.interference(rows, part, known))
+    quality = [_quality_of(kind, held, some) for (kind, held), some in rings.grouped(rings.judged(rows, part, known)).items()]
+    return replace(profile, links=known.links, interference=known.interference, quality=profile.quality + quality)
+
+
+def _quality_of(kind: tuple[str, str], held: str, some: Sequence[rings.Judged]) -> Quality:
+    error = np.array([one.error for one in some])
+    worst = some[int(np.argmax(np.abs(error)))]
+    median, p90 = float(np.median(np.abs(error))), float(np.quantile(np.abs(error), 0.9))
+    inside = float(np.mean(np.abs(error) <= Z80 * RINGS_SIGMA))
+    told = f"{worst.row.case.extents} {worst.error:+.0%}"
+    return Quality((*kind, "bf16"), held, len(some), median, p90, float(np.median(error)), median, p90, inside, told)
+
+
+def _kernels(folder: Path) -> Profile:
     part, families = gather(folder)
     machine = cluster(part, 1)
     constants: dict[Family, Constants] = {}
@@ -321,10 +353,13 @@ def write(profile: Profile, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     today = f"{dt.datetime.now(dt.UTC):%Y-%m-%d}"
     lines = [f'description = "{profile.gpu.name}: measured, fitted {today}"', f"common_sigma = {COMMON_SIGMA}", ""]
-    for (kernel, impl, dtype), constants in profile.families.items():
+    if profile.interference:
+        lines += ["[interference]", *(f'"{kernel}" = {slowed}' for kernel, slowed in profile.interference.items()), ""]
+    for link in profile.links:
+        lines += ["[[link]]", f'pattern = "{link.pattern}"', f"ranks = {link.ranks}", f"latency_s = {list(link.latency_s)}",
+                  f"bytes_per_s = {list(link.bytes_per_s)}", f'source = "{link.source}"', ""]  # fmt: skip
+    for (kernel, impl, dtype), constants in profile.standing().items():
         lines += _table(kernel, impl, dtype, constants)
-        if impl and STANDS_FOR.get((kernel, dtype)) == impl:
-            lines += _table(kernel, "", dtype, replace(constants, source=f"{impl} stands for it: {constants.source}"))
     (folder / "constants.toml").write_text("\n".join(lines), encoding="utf-8")
     names = ("rows", "median", "p90", "signed", "median_with_table", "p90_with_table", "inside")
     with (folder / "quality.csv").open("w", encoding="utf-8", newline="") as out:
@@ -336,6 +371,10 @@ def write(profile: Profile, folder: Path) -> None:
 
 #: What all ops of a machine share.
 COMMON_SIGMA = observed("common_sigma")
+
+
+#: Of programs over several ranks.
+RINGS_SIGMA = observed("rings_sigma")
 
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
@@ -361,9 +400,26 @@ def measured() -> Iterator[Compared]:
             sigma = float(np.hypot(calibration.constants(family).sigma, calibration.common_sigma))
             for which, seconds, predicted in zip(rows.cases, rows.seconds, np.asarray(clock.expected(rows.op)), strict=True):
                 yield _compared(which, part, float(predicted), float(seconds), sigma)
-        newest = {case_of(row): row for file in sorted((folder / "runs").glob("nvidia*.csv")) for row in read(file)[1] if row["kernel"] in decoder.KERNELS}
+        newest = {case_of(row): row for file in runs_of(folder / "runs") for row in read(file)[1] if row["kernel"] in decoder.KERNELS}
         for which, row in newest.items():
             yield _compared(which, part, float(seconds_expected(decoder.work(which), clock)), float(row["p50_s"]), 1.5 * calibration.common_sigma)
+
+
+def measured_rings() -> Iterator[Compared]:
+    """Every shipped program of ranks beside its prediction: collectives and programs beside products are fitted where not held out."""
+    for folder in sorted(path.parent / "runs" for path in data_path("calibration").glob("*/constants.toml")):
+        if not rings.files_of(folder):
+            continue
+        part, rows = rings.gathered(folder)
+        for one in rings.judged(rows, part, Calibration.load(part)):
+            spread = float(np.exp(Z80 * RINGS_SIGMA))
+            which = one.row.case
+            fitted = one.row.backend == "nccl" and (which.kernel == "collective" or which.kernel in rings.BESIDE)
+            use = "held out" if which.held else "fit" if fitted else "score"
+            yield Compared(
+                f"measured here, {one.row.where}", which.kernel, which.impl, part.name, use, "s",
+                one.predicted_s, one.row.seconds, one.predicted_s / spread, one.predicted_s * spread, "calibrated", which.extents,
+            )  # fmt: skip
 
 
 def _compared(which: Case, part: Gpu, predicted: float, seconds: float, sigma: float) -> Compared:

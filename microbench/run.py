@@ -164,6 +164,11 @@ def record(which: Case, timing: Timing, op: Op, *, error: float, hot: bool, peak
     }  # fmt: skip
 
 
+def runs_of(folder: Path) -> list[Path]:
+    """The files of a folder that hold timed kernels, oldest first: no counters, no rings, no quality."""
+    return sorted(file for file in folder.glob("*.csv") if not file.name.startswith(("counters-", "ring-")) and file.name != "quality.csv")
+
+
 def read(file: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The environment and the rows of a run."""
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -180,7 +185,7 @@ def case_of(row: Mapping[str, str]) -> Case:
 
 def _runs(folder: Path, gpu: str) -> list[set[str]]:
     """The cases that each file of this GPU holds."""
-    read_files = [read(file) for file in sorted(folder.glob("*.csv"))]
+    read_files = [read(file) for file in runs_of(folder)]
     return [{case_of(row).key for row in rows} for facts, rows in read_files if facts.get("gpu") == gpu and rows and "regime" in rows[0]]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from microbench import decoder
 from microbench.case import Case
-from microbench.run import case_of, read
+from microbench.run import case_of, read, runs_of
 from simulator.calibration import Calibration
 from simulator.data import observed
 from simulator.hardware import cluster, gpu
@@ -56,9 +56,9 @@ class Sum:
 def sums(folder: Path) -> list[Sum]:
     """Every layer that a file of the folder holds together with all its parts; of several files the newest counts."""
     found: dict[Case, Sum] = {}
-    for file in sorted(folder.glob("*.csv")):
+    for file in runs_of(folder):
         facts, rows = read(file)
-        if rows and "regime" in rows[0] and facts["gpu"] != "cpu":
+        if facts["gpu"] != "cpu":
             seconds = {case_of(row): float(row["p50_s"]) for row in rows}
             part = gpu(facts["gpu"])
             clock = Clock(cluster(part, 1), Calibration.load(part))

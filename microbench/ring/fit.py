@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Row:
     silent_s: float
 
     @property
+    def where(self) -> str:
+        """On how many GPUs."""
+        return f"{self.case['ranks']} GPUs" if self.backend == "nccl" else self.backend
+
+    @property
     def exposed_s(self) -> float:
         """What its messages cost."""
         return self.seconds - self.silent_s
@@ -64,14 +69,17 @@ class CopyClock(Clock):
         return {"hbm": op.wire_bytes * (2 / self.gpu.hbm_bytes_per_s)} if isinstance(op, Message) else super().demand(op)
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The runs of a folder that say something of time, oldest first."""
+    return [file for file in sorted(folder.glob("ring-*.csv")) if not file.name.startswith("ring-gloo")]
+
+
 def gathered(folder: Path) -> tuple[Gpu, list[Row]]:
-    """Rows of every `ring-*.csv`, of each case and backend the newest; gloo's say nothing of time and are left out."""
+    """Rows of every `ring-*.csv`, of each case and backend the newest."""
     found: dict[tuple[Case, str], Row] = {}
     parts: set[str] = set()
-    for file in sorted(folder.glob("ring-*.csv")):
+    for file in files_of(folder):
         facts, rows = read(file)
-        if facts["backend"] == "gloo":
-            continue
         parts.add(facts["gpu"])
         for row in rows:
             which = case_of(row)
@@ -228,3 +236,12 @@ def judged(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> Iterator
         on = clock(machine, used, row.backend)
         work = module_of(row.case).work(row.case)
         yield Judged(row, predicted(work, on), silent(work, on))
+
+
+def grouped(rows: Iterable[Judged]) -> dict[tuple[tuple[str, str], str], list[Judged]]:
+    """Rows by ((kernel, where), why held out)."""
+    found: dict[tuple[tuple[str, str], str], list[Judged]] = {}
+    for one in rows:
+        held = "fitted" if not one.row.case.held and (one.row.case.kernel == "collective" or one.row.case.kernel in BESIDE) else "held"
+        found.setdefault(((one.row.case.kernel, one.row.where), held if one.row.backend == "nccl" else "held"), []).append(one)
+    return found

@@ -111,6 +111,21 @@ class Rank:
         return found if block == 0 else None
 
 
+def plan() -> str:
+    """What a run will be on this machine, and what it leaves out."""
+    gpus = torch.cuda.device_count()
+    if "WORLD_SIZE" in os.environ:
+        return f"{os.environ['WORLD_SIZE']} processes as torchrun started them"
+    if gpus > 1:
+        return f"{gpus} GPUs by NCCL; left out: more ranks, other hosts (start it under torchrun there)"
+    if gpus:
+        return (
+            f"one GPU plays one of {LOOPBACK_RANKS} ranks, its neighbours' tensors copied beside its kernels: {', '.join(LOOPBACK_IMPLS)}; left out: "
+            "links, collectives, Ulysses, decoding, layers, experts, pipelines, which need several GPUs"
+        )
+    return "no GPU: two CPU processes by gloo show that the code runs; left out: everything that says something of time"
+
+
 def bench(folder: Path, *, limit_s: float = 540.0, only: Iterable[str] = (), progress: Any = None) -> Outcome:
     """Run what `folder` does not hold yet, for at most `limit_s` seconds; `only` names kernels."""
     gpus = torch.cuda.device_count()
