@@ -16,18 +16,21 @@ from simulator.data import (
     observed,
 )
 from simulator.hardware import cluster, gpu
-from simulator.timing import Clock, seconds_expected
+from simulator.timing import Clock, seconds_bound, seconds_expected
 
 torch = pytest.importorskip("torch")
 
 from microbench import attention, decoder, fit, gemm  # noqa: E402
 from microbench.case import Case, case, sets_for  # noqa: E402
 from microbench.counters import expected, parse  # noqa: E402
-from microbench.run import MODULES, bench, case_of, cases_of, module_of, read, todo  # noqa: E402
+from microbench.ring import fit as rings  # noqa: E402
+from microbench.ring import suite as ring_suite  # noqa: E402
+from microbench.run import MODULES, bench, case_of, cases_of, module_of, read, runs_of, todo  # noqa: E402
 from microbench.sums import ALLOWED, lines, sums  # noqa: E402
 
 PROFILES = sorted(p.parent for p in data_path("calibration").glob("*/constants.toml"))
-RUNS = [file for folder in PROFILES for file in sorted((folder / "runs").glob("*.csv")) if "counters" not in file.name]
+RUNS = [file for folder in PROFILES for file in runs_of(folder / "runs")]
+RINGS = [file for folder in PROFILES for file in rings.files_of(folder / "runs")]
 #: Runs of `longctx bench --suite layers`: every layer and its ops, one by one, on one card.
 BESIDE = [file for folder in PROFILES for file in sorted((folder / "layers").glob("*.csv"))]
 profiles = pytest.mark.parametrize("folder", PROFILES, ids=lambda p: p.name)
@@ -95,6 +98,38 @@ def test_no_cold_row_beats_its_bound(file: Path) -> None:
         which = case_of(row)
         if row["l2"] == "cold" and which.kernel not in fit.UNFITTED:
             assert float(row["p20_s"]) >= clock.bound(module_of(which.kernel).op(which)), which.key
+
+
+@pytest.mark.parametrize("file", RINGS, ids=lambda f: f.stem)
+def test_no_program_of_several_ranks_beats_its_bound_or_is_wrong(file: Path) -> None:
+    facts, rows = read(file)
+    for row in rows:
+        which = case_of(row)
+        clock = rings.clock(cluster(facts["gpu"], which["ranks"] if row["backend"] == "nccl" else 1), Calibration.none(), row["backend"])
+        assert float(row["p20_s"]) >= float(seconds_bound(ring_suite.module_of(which).work(which), clock)), which.key
+        assert float(row["error"]) < 0.06
+
+
+def test_held_out_programs_of_several_ranks_take_what_is_predicted() -> None:
+    """Rows that no constant was fitted to; medians of the issue's bars, on two GPUs and on one that plays a rank."""
+    folders = sorted({file.parent for file in RINGS})
+    assert folders
+    for folder in folders:
+        part, rows = rings.gathered(folder)
+        found = [one for one in rings.judged(rows, part, Calibration.load(part)) if one.row.case.held]
+
+        def median(*kernels: str, backend: str = "nccl", least: int = 0, found: list[rings.Judged] = found, name: str = part.name) -> float:
+            kept = [
+                abs(one.error) for one in found
+                if one.row.case.kernel in kernels and one.row.backend == backend and one.row.case.get("payload_bytes", least) >= least
+            ]  # fmt: skip
+            print(f"{name} {backend} {' '.join(kernels)}: {np.median(kept):.1%} of {len(kept)} rows")
+            return float(np.median(kept))
+
+        assert median("collective", least=2**20) <= 0.05
+        assert median("context_attention", "context_attention_backward") <= 0.05
+        assert median("context_attention", "context_attention_backward", backend="loopback") <= 0.05
+        assert median("tensor_layer", "tensor_layer_backward") <= 0.05
 
 
 def test_the_recorded_quality_is_what_the_runs_give(profile: fit.Profile) -> None:
