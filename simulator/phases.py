@@ -6,7 +6,6 @@ differ.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,18 +14,14 @@ import numpy as np
 
 from simulator.dtypes import BF16, CacheFormat
 from simulator.footprint import Footprint
-from simulator.kernels.attention import Segment
+from simulator.kernels.attention import Mask, Segment
 from simulator.layers.layer import Direction, Layer, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel.layout import Layout
 from simulator.parallel.pipeline import Stage
+from simulator.runs import runs
 from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
 from simulator.work import Flow, Known, Later, Op, Overlap, Pipeline, Repeat, Serial, Work, fold, peak_bytes, quantity
-
-#: Shares of the chunks between the first and the last whole one; each is a run of whole chunks that stands for its mean.
-#: Pairs are exact whatever the shares; time is within 0.2 % of the sum over chunks (a law; the worst are those
-#: where the cache outgrows the L2 on the way).
-RUNS = (0.12, 0.2, 0.22, 0.23, 0.23)
 
 #: Host work of one step of one stage: from the number of kernels launched to an op on resource `host`.
 Host = Callable[[Count, Tokens], Op]
@@ -73,6 +68,7 @@ class System:
         self.model, self.layout, self.cache = model, layout.place(model), cache or model.cache
         self.stages: list[Stage] = self.layout.pipeline.distinct(model)
         self.times = [stage.times for stage in self.stages]
+        self.masks: list[Mask] = list(dict.fromkeys(layer.mask for _, layer in model.mixers if hasattr(layer, "mask")))
 
     def _layer(self, layer: Layer, segments: tuple[Segment, ...], direction: Direction) -> Work:
         """One layer's work on one rank."""
@@ -137,10 +133,10 @@ class System:
         return works[0] if len(works) == 1 else Pipeline([Flow(groups, works, steady=True, times=self.times)])
 
     def _prefill(self, phase: Prefill, host: Host | None) -> Work:
-        """First chunk and R runs at their mean prefix, then the ragged last chunk.
+        """Runs of whole chunks at their mean prefix, then the ragged last chunk.
 
-        Over p > 1 stages runs are taken to grow linearly.  Against schedules simulated chunk by chunk, at 2 to 16 stages and random
-        questions: within 0.2 % where all chunks grow alike, 0.45 % where a window, a block or a top-k fills up on the way.
+        Over p > 1 stages a run's chunks lie on a line between its neighbours' means: within 0.2 % of schedules simulated chunk by chunk,
+        at 2 to 16 stages and random questions.
         """
         new = phase.context - phase.prefix
         chunk = new if phase.chunk is None else minimum(phase.chunk, new)
@@ -152,7 +148,9 @@ class System:
         prompts = ceil(phase.batch / replicas)
         whole = floor(new / chunk)
         last = new - whole * chunk
-        counts, segments = self._runs(phase, chunk, whole + 0.0 * (phase.batch + new + self.layout.gpus * self.layout.ep * self.layout.dcp), replicas)
+        whole_of_all = whole + 0.0 * (phase.batch + new + self.layout.gpus * self.layout.ep * self.layout.dcp)
+        counts, before = runs(self.masks, prefix=phase.prefix, chunk=chunk, whole=whole_of_all)
+        segments = Segment(replicas, chunk, phase.prefix + before * chunk, chunks=np.maximum(counts, 1e-9))
         ragged = Segment(replicas, maximum(last, 1.0), phase.prefix + whole * chunk - where(last > 0, 0.0, 1.0))
         flows = [Flow(counts, self.step((segments,), host=host), runs=True, times=self.times)]
         if np.any(np.asarray(last) > 0):
@@ -160,17 +158,6 @@ class System:
         if len(self.stages) == 1:
             return Repeat(prompts, Serial([Repeat(f.count, f.stages[0], runs=f.runs) for f in flows]))
         return Pipeline(flows, prompts)
-
-    @staticmethod
-    def _runs(phase: Prefill, chunk: Num, whole: Num, replicas: Num) -> tuple[Num, Segment]:
-        """Counts and segments along a leading axis: the first whole chunk, shares of those between, the last (the one
-        that drains a pipeline).
-        """
-        between, one = maximum(whole - 2, 0.0), np.ones_like(whole)
-        ends = [0 * one, *(floor(share * between + 0.5) for share in np.cumsum(RUNS[:-1])), between * one]
-        counts = np.stack([one, *(end - start for start, end in itertools.pairwise(ends)), one * (whole > 1)])
-        starts = np.stack([0 * one, *(1 + start for start in ends[:-1]), one * maximum(whole - 1, 0.0)])
-        return counts, Segment(replicas, chunk, phase.prefix + starts * chunk, chunks=np.maximum(counts, 1e-9))
 
     def footprint(self, *, sequences: Num, context: Num, step_tokens: Num) -> Footprint:
         """What the most demanding rank holds: weights, the caches of `sequences` at `context` tokens, and the
