@@ -153,7 +153,7 @@ class System:
         segments = Segment(replicas, chunk, phase.prefix + before * chunk, chunks=np.maximum(counts, 1e-9))
         ragged = Segment(replicas, maximum(last, 1.0), phase.prefix + whole * chunk - where(last > 0, 0.0, 1.0))
         flows = [Flow(counts, self.step((segments,), host=host), runs=True, times=self.times)]
-        if np.any(np.asarray(last) > 0):
+        if np.any(last > 0):
             flows.append(Flow(where(last > 0, 1.0, 0.0), self.step((ragged,), host=host), times=self.times))
         if len(self.stages) == 1:
             return Repeat(prompts, Serial([Repeat(f.count, f.stages[0], runs=f.runs) for f in flows]))

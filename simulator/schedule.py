@@ -118,7 +118,7 @@ def passages(job: Job) -> list[Passage]:
     Less than one microbatch is one that is so much shorter.  Up to the first it is the first alone: one object twice.
     """
     n, one = job.number, minimum(job.number, 1.0)
-    if not np.any(n > 1):
+    if n <= 1 if type(n) is float else isinstance(n, np.ndarray) and not np.any(n > 1):
         alone = [[n * mean] for mean in job.means]
         return [Passage(seconds, seconds) for seconds in alone]
     ends = [(mean, mean) for mean in job.means] if job.ends is None else job.ends

@@ -140,9 +140,9 @@ def clock_of(cluster: Cluster, calibration: Calibration) -> Clock:
 
 def where_any(work: Num, seconds: Seconds) -> Seconds:
     """`seconds` where there is work, else nothing."""
-    if isinstance(work, np.ndarray):
-        return seconds if np.min(work) > 0 else np.where(work > 0, seconds, 0.0)
-    return seconds if work > 0 else 0.0
+    if isinstance(work, np.ndarray) and np.minimum.reduce(work, axis=None) > 0:
+        return seconds
+    return where(work > 0, seconds, 0.0)
 
 
 def least_wire(op: Message) -> Num:

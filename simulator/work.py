@@ -315,7 +315,7 @@ def _sum(values: Sequence[Num]) -> Num:
 def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
     if not runs:
         return count * value
-    if isinstance(value, np.ndarray) and value.ndim >= np.ndim(count):
+    if type(value) is not float and np.ndim(value) >= np.ndim(count):
         summed: Num = np.add.reduce(count * value, axis=0)
     else:
         summed = np.add.reduce(count, axis=0) * value
@@ -513,7 +513,7 @@ class PeakBytes:
     def pipeline(self, pipe: Pipeline, values: list[list[tuple[Num, Num]]]) -> tuple[Num, Num]:
         """The most of any stage and flow, of runs and flows that there are."""
         there = [
-            (flow, net, where(flow.count > 0, peak, 0.0) if isinstance(flow.count, np.ndarray) else peak)
+            (flow, net, peak if type(flow.count) is float else where(flow.count > 0, peak, 0.0))
             for flow, stages in zip(pipe.flows, values, strict=True)
             for net, peak in stages
         ]
