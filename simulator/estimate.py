@@ -33,7 +33,7 @@ from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
 from simulator.replay import Often
 from simulator.timing import Clock, bounded, calibrated, clock_of, once
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
-from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
+from simulator.work import Leaf, Passes, PeakBytes, Row, SecondsSerial, Together, Work, by_kernel, fold, quantity, rows
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004
@@ -170,17 +170,17 @@ def estimate(
     work = system.work(phase, host=engine.host(phase) if engine else None)
     clock, amounts = clock_of(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
     expected, bound = once(clock.expected), bounded(clock)
-    lower, value, upper, by_family, rows, (_, peak), *totals = fold(
+    lower, value, upper, passes, (_, peak), *totals = fold(
         work,
         Together(
-            bound, calibrated(clock, expected, bound.demands), SecondsSerial(expected), ByKernel(expected), Rows(expected),
+            bound, calibrated(clock, expected, bound.demands), SecondsSerial(expected), Passes(expected),
             PeakBytes(keeps_saved=False), *(quantity(name) for name in amounts),
         ),
     )  # fmt: skip
     return Estimate(
         model=model, layout=layout, cluster=cluster, phase=phase, lower=float(lower),
-        seconds=interval(by_family, calibration, float(value), float(lower)), upper=float(upper),
-        footprint=_held(system, phase, peak), rows=_merged(rows), calibration=calibration, work=work,
+        seconds=interval(by_kernel(passes, expected), calibration, float(value), float(lower)), upper=float(upper),
+        footprint=_held(system, phase, peak), rows=_merged(rows(passes, expected)), calibration=calibration, work=work,
         **{name: total(amount) for name, amount in zip(amounts, totals, strict=True)},
     )  # fmt: skip
 
@@ -214,15 +214,14 @@ def _step_tokens(phase: Prefill | Decode) -> Tokens:
     return new if phase.chunk is None else minimum(phase.chunk, new)
 
 
-def _merged(rows: list[Row]) -> list[Row]:
+def _merged(lines: list[Row]) -> list[Row]:
     """Rows of the same op of the same size become one; in order of first appearance."""
     found: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        key = (row.op.name, row.op.family, total(row.op.flops), total(row.op.hbm_bytes), total(row.op.wire_bytes))
-        if key in found:
-            found[key] = Row(row.op, found[key].count + row.count, found[key].seconds + total(row.seconds))
-        else:
-            found[key] = Row(row.op, row.count, total(row.seconds))
+    for row in lines:
+        op = row.op
+        key = (op.name, op.family, total(op.flops), total(op.hbm_bytes), total(op.wire_bytes))
+        same = found.get(key)
+        found[key] = Row(op, same.count + row.count, same.seconds + row.seconds) if same else row
     return [row for row in found.values() if row.count]
 
 

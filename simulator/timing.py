@@ -112,14 +112,13 @@ class Clock:
 
 
 def once(seconds: Callable[[Leaf], Seconds]) -> Callable[[Leaf], Seconds]:
-    """The same function, worked out once where several algebras ask about the same leaf in turn."""
-    last: tuple[Leaf | None, Seconds] = (None, 0.0)
+    """The same function, worked out once for every leaf that algebras ask about."""
+    known: dict[Leaf, Seconds] = {}
 
     def remembered(op: Leaf) -> Seconds:
-        nonlocal last
-        if op is not last[0]:
-            last = (op, seconds(op))
-        return last[1]
+        if op not in known:
+            known[op] = seconds(op)
+        return known[op]
 
     return remembered
 
