@@ -169,7 +169,7 @@ def estimate(
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
     clock, amounts = clock_of(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
-    expected, bound = once(clock.expected), bounded(clock)
+    expected, bound = once(clock.expected), bounded(clock, once(clock.demand))
     lower, value, upper, passes, (_, peak), *totals = fold(
         work,
         Together(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from simulator.footprint import Footprint
 from simulator.kernels.attention import Mask, Segment
 from simulator.layers.layer import Direction, Layer, is_mixer, weight_bytes
 from simulator.model import ModelSpec
-from simulator.parallel.layout import Layout
+from simulator.parallel.layout import DEGREES, Layout
 from simulator.parallel.pipeline import Stage
 from simulator.runs import runs
 from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
@@ -56,6 +56,8 @@ class Mixed:
 
 
 Phase = Prefill | Decode | Mixed
+#: Numbers of a segment that are the runs of one question, not the cells of a sweep.
+_FEW = 32
 
 
 class System:
@@ -68,6 +70,10 @@ class System:
         self.model, self.layout, self.cache = model, layout.place(model), cache or model.cache
         self.stages: list[Stage] = self.layout.pipeline.distinct(model)
         self.times = [stage.times for stage in self.stages]
+        self._plain = not any(isinstance(getattr(layout, degree), np.ndarray) for degree in DEGREES)
+        shares = [stage[1:-1] for stage in self.stages]
+        #: For each stage the first that is equal to it.
+        self.alike = [i if isinstance(self.layout.pp, np.ndarray) else shares.index(share) for i, share in enumerate(shares)]
         self.masks: list[Mask] = list(dict.fromkeys(layer.mask for _, layer in model.mixers if hasattr(layer, "mask")))
 
     def _layer(self, layer: Layer, segments: tuple[Segment, ...], direction: Direction) -> Work:
@@ -77,12 +83,15 @@ class System:
     def step(
         self, segments: tuple[Segment, ...], *, host: Host | None = None, direction: Direction = Direction.FORWARD
     ) -> list[Work]:
-        """The work of one step on each stage; equal neighbours are one (`times`)."""
+        """The work of one step on each stage; equal neighbours are one (`times`), equal others one node."""
         shared: dict[Layer, Later] = {}
+
+        # the work of one question is small enough to keep for the next fold; that of a sweep is not
+        keep = cache if self._plain and all(np.size(number) <= _FEW for segment in segments for number in segment) else _forget
 
         def later(*layers: Layer) -> Work:
             """Equal layers of different blocks are one node: a fold evaluates them once."""
-            return Serial([shared.setdefault(layer, Later(partial(self._layer, layer, segments, direction))) for layer in layers])
+            return Serial([shared.setdefault(layer, Later(keep(partial(self._layer, layer, segments, direction)))) for layer in layers])
 
         blocks = [later(*block) for block in self.model.kinds]
         tokens = self.layout.shard(self.model.embedding, segments).tokens
@@ -90,9 +99,9 @@ class System:
         # hyper-connections hand their streams over, in the place of the residual and the block output
         streams = self.model.streams
         send = self.layout.pipeline.hand_over(tokens if streams == 1 else tokens * (streams / 2))
-        works: list[Work] = []
         launches, known = quantity("launches"), Known()
-        for stage in self.stages:
+
+        def stage_work(stage: Stage) -> Work:
             parts: list[Work] = [
                 Repeat(count, block)
                 for count, block in zip(stage.counts, blocks, strict=True)
@@ -106,9 +115,11 @@ class System:
             if send is not None and (isinstance(sends, np.ndarray) or sends):
                 parts.append(Repeat(sends, send))
             work: Work = Serial(parts)
-            if host is not None:
-                work = Overlap([Repeat(stage.present, host(fold(work, launches, known), tokens)), work])
-            works.append(work)
+            return work if host is None else Overlap([Repeat(stage.present, host(fold(work, launches, known), tokens)), work])
+
+        works: list[Work] = []
+        for number, alike in enumerate(self.alike):
+            works.append(works[alike] if alike < number else stage_work(self.stages[number]))
         return works
 
     def work(self, phase: Phase, *, host: Host | None = None) -> Work:
@@ -210,6 +221,11 @@ class System:
         for layer in (*self.model.layers, self.model.embedding):
             peak = maximum(peak, peak_bytes(self._layer(layer, segments, Direction.FORWARD)))
         return peak + self.residual_bytes(step_tokens)
+
+
+def _forget(make: Callable[[], Work]) -> Callable[[], Work]:
+    """Made anew each time."""
+    return make
 
 
 def _times(share: Num, value: Num) -> Num:

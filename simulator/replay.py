@@ -209,7 +209,7 @@ class Traced:
 
     def __array_function__(self, function: Any, types: Any, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What numpy's other functions make of it."""
-        if function in (np.ndim, np.shape):
+        if function in (np.ndim, np.shape, np.size):
             return function(*(_value(x) for x in given))
         return self.recorder.call(function, given, options)
 

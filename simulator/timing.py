@@ -13,6 +13,7 @@ Source: FORMULAS 3.7.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -67,10 +68,7 @@ class Clock:
 
     def bound(self, op: Leaf) -> Seconds:
         """The least time: the busiest resource at peak, no calibration."""
-        least: Seconds = 0.0
-        for seconds in self.demand(op).values():
-            least = seconds if type(least) is float and least == 0.0 else maximum(least, seconds)
-        return least
+        return busiest(self.demand(op))
 
     def expected(self, op: Leaf) -> Seconds:
         """The calibrated time of the op alone."""
@@ -111,13 +109,16 @@ class Clock:
         return where_any(op.hbm_bytes, smooth_max(parts, constants.power) + fixed)
 
 
-def once(seconds: Callable[[Leaf], Seconds]) -> Callable[[Leaf], Seconds]:
-    """The same function, worked out once for every leaf that algebras ask about."""
-    known: dict[Leaf, Seconds] = {}
+Value = TypeVar("Value")
 
-    def remembered(op: Leaf) -> Seconds:
+
+def once(function: Callable[[Leaf], Value]) -> Callable[[Leaf], Value]:
+    """The same function, worked out once for every leaf that algebras ask about."""
+    known: dict[Leaf, Value] = {}
+
+    def remembered(op: Leaf) -> Value:
         if op not in known:
-            known[op] = seconds(op)
+            known[op] = function(op)
         return known[op]
 
     return remembered
@@ -164,9 +165,20 @@ def smooth_max(parts: list[Num], power: int) -> Num:
     return root(total, power)
 
 
-def bounded(clock: Clock) -> SecondsOverlapped:
-    """The algebra of bounds: peak rates whatever the calibration, overlap where the tree says so."""
-    return SecondsOverlapped(clock.bound, clock.demand)
+def busiest(demand: Mapping[str, Seconds]) -> Seconds:
+    """The seconds of the resource that is occupied the longest."""
+    least: Seconds = 0.0
+    for seconds in demand.values():
+        least = seconds if type(least) is float and least == 0.0 else maximum(least, seconds)
+    return least
+
+
+def bounded(clock: Clock, demand: Callable[[Leaf], Mapping[str, Seconds]] | None = None) -> SecondsOverlapped:
+    """The algebra of bounds: peak rates whatever the calibration, overlap where the tree says so.  `demand` may be the clock's,
+    worked out `once`.
+    """
+    asked = demand or clock.demand
+    return SecondsOverlapped(lambda op: busiest(asked(op)), asked)
 
 
 def calibrated(

@@ -256,7 +256,12 @@ def fold(work: Work, algebra: Algebra, known: Known | None = None) -> Any:
             if isinstance(node.mask, (bool, np.bool_)):
                 return value(node.a if node.mask else node.b)
             return algebra.select(node.mask, value(node.a), value(node.b))
-        return algebra.pipeline(node, [[value(stage) for stage in flow.stages] for flow in node.flows])
+        return algebra.pipeline(node, [staged(flow.stages) for flow in node.flows])
+
+    def staged(stages: Sequence[Work]) -> list[Any]:
+        """Stages that are one node are evaluated once."""
+        found = {key: value(stage) for key, stage in {id(stage): stage for stage in stages}.items()}
+        return [found[id(stage)] for stage in stages]
 
     return value(work)
 
@@ -603,9 +608,12 @@ def _critical(
             places.append((flow, stage, span))
 
     path = _scheduled(replace(pipe, rounds=float(np.max(pipe.rounds))), told, lambda x, y: x if x[0] >= y[0] else y)
-    return [
-        repeat(path[span] if flow.runs else float(path[span.start]), stage, runs=flow.runs) for flow, stage, span in places if path[span].any()
-    ]
+    # stages that are one node share a value, which is counted once
+    often: dict[tuple[int, int], tuple[Flow, Any, Any]] = {}
+    for flow, stage, span in places:
+        key, count = (id(flow), id(stage)), path[span] if flow.runs else float(path[span.start])
+        often[key] = (flow, stage, often[key][2] + count if key in often else count)
+    return [repeat(count, stage, runs=flow.runs) for flow, stage, count in often.values() if np.any(count)]
 
 
 @dataclass(slots=True, eq=False)
