@@ -33,11 +33,12 @@ class Job(NamedTuple):
 
 class Passage(NamedTuple):
     """A job on one stage: seconds of all microbatches up to those at which a path may change stage (the first and the last, or
-    the only one), and of each of those alone.
+    the only one), of each of those alone, and of those before each, negative (None: there are none).
     """
 
     upto: list[Any]
     alone: list[Any]
+    before: list[Any]
 
 
 def jobs_of(count: Count, stages: Sequence[Any], times: Sequence[float], *, runs: bool) -> list[Job]:
@@ -115,15 +116,15 @@ def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Cho
 def passages(job: Job) -> list[Passage]:
     """The job on every stage.
 
-    Less than one microbatch is one that is so much shorter.  Up to the first it is the first alone: one object twice.
+    Less than one microbatch is one that is so much shorter.  Up to the first it is the first alone.
     """
     n, one = job.number, minimum(job.number, 1.0)
     if n <= 1 if type(n) is float else isinstance(n, np.ndarray) and not np.any(n > 1):
-        alone = [[n * mean] for mean in job.means]
-        return [Passage(seconds, seconds) for seconds in alone]
+        return [Passage([n * mean], [n * mean], [None]) for mean in job.means]
     ends = [(mean, mean) for mean in job.means] if job.ends is None else job.ends
     alone = [[one * first, one * last] for first, last in ends]
-    return [Passage([seconds[0], n * mean], seconds) for mean, seconds in zip(job.means, alone, strict=True)]
+    every = [n * mean for mean in job.means]
+    return [Passage([first, whole], [first, last], [None, last - whole]) for (first, last), whole in zip(alone, every, strict=True)]
 
 
 def _ends(
@@ -148,8 +149,8 @@ def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: float, la
     `reached`.
     """
     found = []
-    for at, total, one in zip(reached, stage.upto, stage.alone, strict=True):
-        ready = at if total is one else at - total + one
+    for at, total, one, before in zip(reached, *stage, strict=True):
+        ready = at if before is None else at + before
         busy = later(busy, ready if times == 1 else ready + (times - 1) * one)
         found.append(busy + total)
     return found

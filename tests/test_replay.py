@@ -101,6 +101,8 @@ def test_what_loses_the_trace_of_a_number_is_not_recorded() -> None:
     often = Often(lambda x: [int(x) * 2.0])
     assert [often.answer([x])[0] for x in [3.5] * 3 * OFTEN] == [6.0] * 3 * OFTEN
     assert not often.recordings
+    for lost in (lambda x: [np.sin(x)], lambda x: [np.stack([np.stack([x, x])])[0][0]], lambda x: ["x" if x > 0 else x]):
+        assert record(lost, [3.0]) is None
 
 
 def test_every_helper_of_units_is_recorded() -> None:
@@ -109,15 +111,13 @@ def test_every_helper_of_units_is_recorded() -> None:
         return [
             units.ceil(x), units.floor(y), units.minimum(x, y), units.maximum(x, 2.0), units.where((x > y) | (y > 100), x, y), units.log2(x),
             units.root(x, 4), units.raise_to(y, 4), units.tri(x), -x, 2 - x, 2 / x, 2**x, x**2, np.add.reduce(rows, axis=0), units.minimum(rows, 3.0)[1],
-            *rows.tolist(), *(value * np.float64(2) for value in rows), len(rows), rows.shape, np.inf - x,
+            *rows.tolist(), *(value * np.float64(2) for value in rows), len(rows), np.max(rows, axis=0), np.cumsum(rows)[-1], np.inf - x,
         ]  # fmt: skip
 
     recording = record(question, [2.25, 7.5])
     assert recording is not None
     for given in ((2.25, 7.5), (9.0, 3.5), (1.5, 200.0)):
-        *told, length, shape, endless = recording(*given) or ()
-        assert told == pytest.approx(question(*given)[:-3], rel=1e-15)
-        assert (length, shape, endless) == (3, [3], np.inf)
+        assert recording(*given) == pytest.approx(question(*given), rel=1e-15)
 
 
 def test_no_work_is_noted_twice_or_in_vain() -> None:
@@ -126,5 +126,6 @@ def test_no_work_is_noted_twice_or_in_vain() -> None:
     first, second, unused = x * 2.0, x * 2.0, x / 7.0
     assert first is second
     assert unused.value == pytest.approx(3 / 7)
-    lines = recorder.function([first + second]).__code__.co_varnames
-    assert len(lines) == 3  # the number, its double, their sum
+    code = recorder.function([first + second]).__code__
+    assert code.co_varnames == ("v0", f"v{first.place}")
+    assert code.co_consts == (None, 2.0)
