@@ -1,8 +1,9 @@
 """How fast the simulator answers: `python tests/benchmarks/bench_sweep.py`.  Prints rates beside their bars, asserts nothing.
 
 Sweeps and commands are timed by the clock, single answers by the seconds of this process.  Rows of a sweep are drawn independently:
-layout, batch, context, prefix and chunk all differ from row to row.  So do the questions asked one at a time: "first" asks each as if none had been asked before, "asked on" 20,000 in turn of all layouts, what is recorded for the
-next included, "settled" 20,000 others after them.
+layout, batch, context, prefix and chunk all differ from row to row.  So do the questions asked one at a time: "first" asks each
+as if none had been asked before, "asked on" 20,000 in turn of all layouts, what is recorded for the next included, "settled"
+20,000 others after them.
 """
 
 from __future__ import annotations
