@@ -2,8 +2,8 @@
 
 A question that is asked over and over with other numbers grows the same tree every time, and most of its time goes into
 growing it.  `record` evaluates it once on `Traced` numbers, which do every operation on their value and note it down; what
-the answer needs of the notes becomes one Python function of the question's numbers.  Where a formula decides in Python by
-a number (`if`), the decision taken is a condition of the recording: the function returns None where it does not hold.
+the answer needs of the notes is a `Recording`, a list of operations to do on the numbers of another question.  Where a formula
+decides in Python by a number (`if`), the decision taken is a condition of the recording, which answers None where it does not hold.
 The formulas and the fold stay the only ones there are: a recording is made of them and says exactly what they say.
 """
 
@@ -11,126 +11,142 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil, floor, log2, sqrt
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 
 from simulator import units
 
-#: What numpy is asked of a number: as Python text, and done.
-_PLAIN: dict[Any, tuple[str, Callable[..., Any]]] = {
-    np.add: ("{} + {}", operator.add), np.subtract: ("{} - {}", operator.sub), np.multiply: ("{} * {}", operator.mul),
-    np.divide: ("{} / {}", operator.truediv), np.power: ("{} ** {}", operator.pow), np.negative: ("-{}", operator.neg),
-    np.greater: ("{} > {}", operator.gt), np.greater_equal: ("{} >= {}", operator.ge), np.less: ("{} < {}", operator.lt),
-    np.less_equal: ("{} <= {}", operator.le), np.equal: ("{} == {}", operator.eq), np.not_equal: ("{} != {}", operator.ne),
-    np.bitwise_or: ("{} | {}", operator.or_), np.bitwise_and: ("{} & {}", operator.and_),
-    np.minimum: ("min({}, {})", units.minimum), np.maximum: ("max({}, {})", units.maximum),
-    np.ceil: ("float(ceil({}))", units.ceil), np.floor: ("float(floor({}))", units.floor), np.sqrt: ("sqrt({})", sqrt),
-    np.log2: ("log2({})", log2), np.where: ("{1} if {0} else {2}", lambda condition, x, y: x if condition else y),
+#: What numpy is asked of numbers, as a function of two: what needs one ignores the other.
+_PLAIN: dict[Any, Callable[[Any, Any], Any]] = {
+    np.add: operator.add, np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv, np.power: operator.pow,
+    np.greater: operator.gt, np.greater_equal: operator.ge, np.less: operator.lt, np.less_equal: operator.le, np.equal: operator.eq,
+    np.not_equal: operator.ne, np.bitwise_or: operator.or_, np.bitwise_and: operator.and_, np.minimum: min, np.maximum: max,
+    np.negative: lambda x, _: -x, np.ceil: lambda x, _: units.ceil(x), np.floor: lambda x, _: units.floor(x),
+    np.sqrt: lambda x, _: math.sqrt(x), np.log2: lambda x, _: math.log2(x),
 }  # fmt: skip
-_VARIABLE = re.compile(r"\bv\d+\b")
-#: Brackets inside brackets that Python's parser is asked to read.
-_DEEPEST = 30
-_NAMES = {"ceil": ceil, "floor": floor, "sqrt": sqrt, "log2": log2}
 
 
 class Unrecordable(TypeError):  # noqa: N818 (a state of the recording, not of the program)
     """Something was made of a number that no recording can follow."""
 
 
-class _Line(NamedTuple):
-    """One operation: its text, the lines it uses, and whether it is a condition."""
+#: One operation on the values at two places: a plain tuple, which Python unpacks fastest.
+_Step = tuple[Callable[[Any, Any], Any], int, int]
 
-    text: str
-    uses: tuple[int, ...]
-    condition: bool = False
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What is done with a question's numbers: they and the constants come first, and every step adds a value.  The first steps
+    decide: the values at the places of `conditions` must be as true as they were.
+    """
+
+    constants: tuple[Any, ...]
+    deciding: tuple[_Step, ...]
+    conditions: tuple[tuple[int, bool], ...]
+    steps: tuple[_Step, ...]
+    told: tuple[int, ...]
+
+    def __call__(self, *numbers: float) -> tuple[Any, ...] | None:
+        """The answer for these numbers; None where a condition does not hold."""
+        values: list[Any] = [*numbers, *self.constants]
+        add = values.append
+        for function, left, right in self.deciding:
+            add(function(values[left], values[right]))
+        for place, truth in self.conditions:
+            if values[place] != truth:
+                return None
+        for function, left, right in self.steps:
+            add(function(values[left], values[right]))
+        return tuple([values[place] for place in self.told])
 
 
 class Recorder:
     """Notes the operations on its numbers, each once."""
 
     def __init__(self) -> None:
-        self.lines: list[_Line] = []
-        self._asked: list[str] = []
-        self._known: dict[str, Traced] = {}
-        self._conditions: set[str] = set()
+        self.asked_for = 0
+        self._steps: list[_Step | None] = []
+        self._values: list[Any] = []
+        self._known: dict[tuple[Any, ...], int] = {}
+        self._conditions: dict[int, bool] = {}
 
     def asked(self, value: float) -> Traced:
         """One of the question's numbers."""
-        self._asked.append(f"v{len(self.lines)}")
-        return self._add("", (), value)
+        self.asked_for += 1
+        return Traced(self, self._add(None, value))
 
-    def _add(self, text: str, uses: tuple[int, ...], value: Any) -> Traced:
-        self.lines.append(_Line(text, uses))
-        return Traced(self, len(self.lines) - 1, value)
+    def _add(self, step: _Step | None, value: Any) -> int:
+        self._steps.append(step)
+        self._values.append(value)
+        return len(self._steps) - 1
 
-    def note(self, template: str, function: Callable[..., Any], given: Sequence[Any]) -> Traced:
-        """The result of an operation on `given`, noted as `template` filled with them."""
-        text = template.format(*map(_text, given))
-        if text not in self._known:
-            value = function(*(x.value if isinstance(x, Traced) else x for x in given))
-            self._known[text] = self._add(text, tuple(x.place for x in given if isinstance(x, Traced)), value)
-        return self._known[text]
+    def value(self, place: int) -> Any:
+        """What it was for the numbers recorded."""
+        return self._values[place]
+
+    def _place(self, x: Any) -> int:
+        """Of a traced number its own, of another that of a constant."""
+        if isinstance(x, Traced):
+            return x.place
+        x = x.item() if isinstance(x, np.generic) else x
+        if not isinstance(x, (bool, int, float)):
+            message = f"{x!r} is no number"
+            raise Unrecordable(message)
+        key = (type(x), x)
+        if key not in self._known:
+            self._known[key] = self._add(None, x)
+        return self._known[key]
+
+    def note(self, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Traced:
+        """The result of an operation."""
+        key = step = (function, self._place(left), self._place(right))
+        if key not in self._known:
+            self._known[key] = self._add(step, function(self._values[step[1]], self._values[step[2]]))
+        return Traced(self, self._known[key])
 
     def holds(self, traced: Traced) -> bool:
         """The truth of a number, which from here on is taken for granted."""
-        truth = bool(traced.value)
-        text = f"if {'not ' if truth else ''}v{traced.place}: return None"
-        if text not in self._conditions:
-            self._conditions.add(text)
-            self.lines.append(_Line(text, (traced.place,), condition=True))
-        return truth
+        return self._conditions.setdefault(traced.place, bool(traced.value))
 
-    def function(self, answer: Sequence[Any]) -> Callable[..., tuple[Any, ...] | None]:
-        """The recording as a function of the numbers asked, in their order: its conditions and what `answer` needs."""
-        conditions = self._needed({place for place, line in enumerate(self.lines) if line.condition})
-        told = [x.place for x in answer if isinstance(x, Traced)]
-        needed = self._needed(set(told)) - conditions
-        uses = Counter(itertools.chain(told, *(self.lines[place].uses for place in (*conditions, *needed))))
-        body: list[str] = []
-        # what is used once stands where it is used: its text, and how many such texts lie in it
-        inside: dict[str, tuple[str, int]] = {}
-        # conditions first: a question they turn away has not cost much
-        for place in (*sorted(conditions), *sorted(needed)):
-            line, name = self.lines[place], f"v{place}"
-            text = _VARIABLE.sub(lambda found: inside.get(found[0], (found[0],))[0], line.text)
-            depth = max((inside[f"v{use}"][1] for use in line.uses if f"v{use}" in inside), default=0)
-            if line.condition:
-                body.append(text)
-            elif text and place in needed and uses[place] == 1 and depth < _DEEPEST:
-                inside[name] = f"({text})", depth + 1
-            elif text:
-                body.append(f"{name} = {text}")
-        answers = "".join(f"{inside.get(_text(x), (_text(x),))[0]}, " for x in answer)
-        source = "\n ".join([f"def replay({', '.join(self._asked)}):", *body, f"return ({answers})"])
-        names: dict[str, Any] = {**_NAMES, "inf": np.inf, "nan": np.nan}
-        exec(compile(source, "<recording>", "exec"), names)  # noqa: S102 (its text is written above, of numbers and operators)
-        made: Callable[..., tuple[Any, ...] | None] = names["replay"]
-        return made
+    def recording(self, answer: Sequence[Any]) -> Recording:
+        """The conditions and what `answer` needs, in as few steps."""
+        told = [self._place(x) for x in answer]
+        deciding = self._needed(set(self._conditions))
+        needed = self._needed(set(told)) - deciding
+        numbers = range(self.asked_for)
+        constants = [place for place in sorted(deciding | needed) if place not in numbers and self._steps[place] is None]
+        order = [*numbers, *constants, *self._done(deciding), *self._done(needed)]
+        at = {place: number for number, place in enumerate(order)}
+
+        def moved(places: set[int]) -> tuple[_Step, ...]:
+            steps = (self._steps[place] for place in self._done(places))
+            return tuple((step[0], at[step[1]], at[step[2]]) for step in steps if step is not None)
+
+        return Recording(
+            tuple(self._values[place] for place in constants), moved(deciding),
+            tuple((at[place], truth) for place, truth in self._conditions.items()), moved(needed), tuple(at[place] for place in told),
+        )  # fmt: skip
 
     def _needed(self, places: set[int]) -> set[int]:
-        """These lines and all they use."""
-        for place in range(len(self.lines) - 1, -1, -1):
-            if place in places:
-                places.update(self.lines[place].uses)
+        """These and all they are made of."""
+        for place in range(len(self._steps) - 1, -1, -1):
+            step = self._steps[place]
+            if place in places and step is not None:
+                places |= {step[1], step[2]}
         return places
 
+    def _done(self, places: set[int]) -> list[int]:
+        """Those that are results of steps, in their order."""
+        return [place for place in sorted(places) if self._steps[place] is not None]
 
-def _text(x: Any) -> str:
-    """As Python reads it."""
-    if isinstance(x, Traced):
-        return f"v{x.place}"
-    if isinstance(x, np.generic):
-        x = x.item()
-    if not isinstance(x, (bool, int, float)):
-        message = f"{x!r} is no number"
-        raise Unrecordable(message)
-    return f"({x!r})" if x < 0 else repr(x)
+
+def _pair(x: Any, y: Any) -> tuple[Any, Any]:
+    return x, y
 
 
 def _applied(function: Any, given: Sequence[Any]) -> Any:
@@ -139,12 +155,19 @@ def _applied(function: Any, given: Sequence[Any]) -> Any:
     if lengths:
         (length,) = lengths
         return _Row([_applied(function, [x[i] if np.ndim(x) else x for x in given]) for i in range(length)])
+    traced = next((x for x in given if isinstance(x, Traced)), None)
+    if function is np.where:
+        condition, x, y = given
+        if not isinstance(condition, Traced):
+            return x if condition else y
+        # a truth is the number 0 or 1
+        recorder = condition.recorder
+        return recorder.note(operator.getitem, recorder.note(_pair, y, x), condition)
     if function not in _PLAIN:
         message = f"{function}: not known to recordings"
         raise Unrecordable(message)
-    template, plain = _PLAIN[function]
-    traced = next((x for x in given if isinstance(x, Traced)), None)
-    return plain(*given) if traced is None else traced.recorder.note(template, plain, given)
+    left, right = given if len(given) == 2 else (*given, 0.0)  # noqa: PLR2004 (functions of one or two numbers)
+    return _PLAIN[function](left, right) if traced is None else traced.recorder.note(_PLAIN[function], left, right)
 
 
 def _reduced(function: Any) -> Callable[..., Any]:
@@ -207,11 +230,16 @@ class _Number:
 class Traced(_Number):
     """A number whose operations are noted down."""
 
-    __slots__ = ("place", "recorder", "value")
+    __slots__ = ("place", "recorder")
     ndim, shape = 0, ()
 
-    def __init__(self, recorder: Recorder, place: int, value: Any) -> None:
-        self.recorder, self.place, self.value = recorder, place, value
+    def __init__(self, recorder: Recorder, place: int) -> None:
+        self.recorder, self.place = recorder, place
+
+    @property
+    def value(self) -> Any:
+        """What it was for the numbers recorded."""
+        return self.recorder.value(self.place)
 
     def __bool__(self) -> bool:
         """A decision: a condition of the recording."""
@@ -252,8 +280,8 @@ class _Row(_Number):
         return iter(self.numbers)
 
 
-#: Questions folded before one is recorded: a recording takes as long as about fifty folds.
-OFTEN = 50
+#: Questions folded before one is recorded: a recording takes as long as about twenty folds.
+OFTEN = 20
 #: Recordings kept of a question, one for every way its decisions went; what meets none of them is folded.
 _MOST = 8
 
@@ -262,13 +290,16 @@ class Often:
     """A question that may be asked often: folded at first, then by its recordings."""
 
     def __init__(self, question: Callable[..., Sequence[Any]]) -> None:
-        self.question, self.recordings = question, list[Callable[..., "tuple[Any, ...] | None"]]()
+        self.question, self.recordings = question, list[Recording]()
         self._folded, self._recordable = 0, True
 
     def answer(self, numbers: Sequence[float]) -> Sequence[Any]:
         """The answer for these numbers."""
         for place, recording in enumerate(self.recordings):
-            found = recording(*numbers)
+            try:
+                found = recording(*numbers)
+            except (ArithmeticError, ValueError):  # numpy goes on where Python does not: the fold answers
+                break
             if found is not None:
                 # what was met last is likely to be met next
                 self.recordings[0], self.recordings[place] = recording, self.recordings[0]
@@ -281,8 +312,8 @@ class Often:
         return self.question(*numbers)
 
 
-def record(question: Callable[..., Sequence[Any]], numbers: Sequence[float]) -> Callable[..., tuple[Any, ...] | None] | None:
-    """`question` of as many numbers, recorded on these; None where it cannot be.
+def record(question: Callable[..., Sequence[Any]], numbers: Sequence[float]) -> Recording | None:
+    """`question` of as many numbers, recorded on these; None where it cannot be, or not on these.
 
     >>> mean = record(lambda a, b: [units.minimum(a, b) / 2 if a > 0 else a], [3.0, 4.0])
     >>> mean(8.0, 6.0), mean(-1.0, 6.0)
@@ -290,6 +321,6 @@ def record(question: Callable[..., Sequence[Any]], numbers: Sequence[float]) -> 
     """
     recorder = Recorder()
     try:
-        return recorder.function(question(*(recorder.asked(x) for x in numbers)))
-    except Unrecordable:
+        return recorder.recording(question(*(recorder.asked(x) for x in numbers)))
+    except (Unrecordable, ArithmeticError, ValueError):
         return None
