@@ -31,7 +31,7 @@ from simulator.layers.layer import Direction, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import System
-from simulator.work import Op, PeakBytes, Rows, Serial, Work, fold, quantity
+from simulator.work import Op, Passes, PeakBytes, Serial, Work, fold, quantity
 
 KERNELS: tuple[str, ...] = ("decoder_layer", "model")
 MODELS = {
@@ -104,7 +104,7 @@ LATENCY_BYTES = 8e6
 
 def leaves(which: Case) -> list[tuple[float, Op]]:
     """The ops of a case's tree, and how often each runs."""
-    return [(float(row.count), row.op) for row in fold(work(which), Rows(lambda _: 0.0)) if isinstance(row.op, Op)]
+    return [(float(count), op) for op, count in fold(work(which), Passes(lambda _: 0.0)).longest.items() if isinstance(op, Op)]
 
 
 def parts(which: Case) -> list[tuple[float, Case]]:

@@ -14,7 +14,7 @@ from simulator.kernels.gemm import batched_gemm, gemm
 from simulator.kernels.grouped_gemm import grouped_gemm
 from simulator.parallel import Layout
 from simulator.phases import Decode, System
-from simulator.work import Op, Rows, fold
+from simulator.work import Op, Passes, fold
 
 KERNELS: tuple[str, ...] = ("gemm", "batched_gemm", "grouped_gemm")
 #: Whose projections are measured, on how many tensor-parallel ranks.
@@ -41,9 +41,9 @@ def layouts() -> tuple[tuple[int, int], ...]:
     found: dict[tuple[int, int], None] = {}
     for name, ranks in MODELS:
         work = System(load_model(name), Layout(tp=ranks)).work(Decode(1024.0))
-        for row in fold(work, Rows(lambda _: 0.0)):
-            if row.op.kernel == "gemm" and "n" in row.op.shape:
-                n, k = int(row.op.shape["n"]), int(row.op.shape["k"])
+        for op in fold(work, Passes(lambda _: 0.0)).longest:
+            if op.kernel == "gemm" and "n" in op.shape:
+                n, k = int(op.shape["n"]), int(op.shape["k"])
                 if n % 16 == 0 and k % 16 == 0:
                     found[n, k] = None
     return tuple(found)

@@ -14,9 +14,10 @@ import multiprocessing.pool
 import os
 import pickle
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,9 +30,10 @@ from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
+from simulator.replay import Often
 from simulator.timing import Clock, bounded, calibrated, clock_of, once
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
-from simulator.work import ByKernel, Leaf, PeakBytes, Row, Rows, SecondsSerial, Together, Work, fold, quantity
+from simulator.work import Leaf, Passes, PeakBytes, Row, SecondsSerial, Together, Work, by_kernel, fold, quantity, rows
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004
@@ -167,18 +169,18 @@ def estimate(
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
     clock, amounts = clock_of(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
-    expected, bound = once(clock.expected), bounded(clock)
-    lower, value, upper, by_family, rows, (_, peak), *totals = fold(
+    expected, bound = once(clock.expected), bounded(clock, once(clock.demand))
+    lower, value, upper, passes, (_, peak), *totals = fold(
         work,
         Together(
-            bound, calibrated(clock, expected, bound.demands), SecondsSerial(expected), ByKernel(expected), Rows(expected),
+            bound, calibrated(clock, expected, bound.demands), SecondsSerial(expected), Passes(expected),
             PeakBytes(keeps_saved=False), *(quantity(name) for name in amounts),
         ),
     )  # fmt: skip
     return Estimate(
         model=model, layout=layout, cluster=cluster, phase=phase, lower=float(lower),
-        seconds=interval(by_family, calibration, float(value), float(lower)), upper=float(upper),
-        footprint=_held(system, phase, peak), rows=_merged(rows), calibration=calibration, work=work,
+        seconds=interval(by_kernel(passes, expected), calibration, float(value), float(lower)), upper=float(upper),
+        footprint=_held(system, phase, peak), rows=_merged(rows(passes, expected)), calibration=calibration, work=work,
         **{name: total(amount) for name, amount in zip(amounts, totals, strict=True)},
     )  # fmt: skip
 
@@ -212,15 +214,14 @@ def _step_tokens(phase: Prefill | Decode) -> Tokens:
     return new if phase.chunk is None else minimum(phase.chunk, new)
 
 
-def _merged(rows: list[Row]) -> list[Row]:
+def _merged(lines: list[Row]) -> list[Row]:
     """Rows of the same op of the same size become one; in order of first appearance."""
     found: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        key = (row.op.name, row.op.family, total(row.op.flops), total(row.op.hbm_bytes), total(row.op.wire_bytes))
-        if key in found:
-            found[key] = Row(row.op, found[key].count + row.count, found[key].seconds + total(row.seconds))
-        else:
-            found[key] = Row(row.op, row.count, total(row.seconds))
+    for row in lines:
+        op = row.op
+        key = (op.name, op.family, total(op.flops), total(op.hbm_bytes), total(op.wire_bytes))
+        same = found.get(key)
+        found[key] = Row(op, same.count + row.count, same.seconds + row.seconds) if same else row
     return [row for row in found.values() if row.count]
 
 
@@ -239,7 +240,47 @@ def bare(
     model: ModelSpec, cluster: Cluster, layout: Layout, phase: Prefill | Decode, *, calibration: Calibration,
     engine: Engine | None = None, cache: CacheFormat | None = None, with_footprint: bool = True,
 ) -> Bare:  # fmt: skip
-    """Bound, expected time and footprint without rows or interval, for numbers or arrays."""
+    """Bound, expected time and footprint without rows or interval, for numbers or arrays.
+
+    Numbers asked over and over of the same objects (a model, a cluster, a calibration, ...) and degrees are answered by a recording of
+    the fold (`replay`), which is kept for the next question.
+    """
+    numbers, degrees = _numbers(phase), _DEGREES(layout)
+    kind = type(phase)
+
+    def question(*given: Num) -> Sequence[Num]:
+        return folded(model, cluster, layout, kind(*given), calibration, engine, cache, with_footprint=with_footprint)
+
+    if any(isinstance(x, np.ndarray) for x in (*numbers, *degrees)):
+        return Bare(*question(*numbers))
+    shared = model, cluster, calibration, engine, cache
+    key = (*map(id, shared), degrees, kind, len(numbers), with_footprint)
+    if key not in _asked:
+        if len(_asked) >= _KEPT:
+            _asked.clear()
+        # the objects are kept with it, so that no other can take their place in memory
+        _asked[key] = Often(question), shared
+    return Bare(*_asked[key][0].answer(tuple(map(float, numbers))))
+
+
+_DEGREES = attrgetter(*(f.name for f in fields(Layout) if f.init))
+_asked: dict[tuple[Any, ...], tuple[Often, tuple[Any, ...]]] = {}
+#: Questions whose recordings are kept.
+_KEPT = 256
+
+
+def _numbers(phase: Prefill | Decode) -> tuple[Num, ...]:
+    """The numbers of a phase, in the order of its constructor."""
+    if isinstance(phase, Decode):
+        return phase.context, phase.batch, phase.new_tokens
+    return (phase.context, phase.batch, phase.prefix) if phase.chunk is None else (phase.context, phase.batch, phase.prefix, phase.chunk)
+
+
+def folded(
+    model: ModelSpec, cluster: Cluster, layout: Layout, phase: Prefill | Decode, calibration: Calibration, engine: Engine | None,
+    cache: CacheFormat | None, *, with_footprint: bool,
+) -> tuple[Num, Num, Num, Num, Num]:  # fmt: skip
+    """The fields of `Bare`."""
     system = System(model, layout, cache)
     work = system.work(phase, host=engine.host(phase) if engine else None)
     arrays = any(isinstance(x, np.ndarray) for group in system.layout.groups.values() for x in (group.ranks, group.stride))
@@ -248,10 +289,10 @@ def bare(
     times = bound, calibrated(clock, demand=bound.demands)
     if not with_footprint:
         lower, seconds = fold(work, Together(*times))
-        return Bare(lower, seconds, 0.0, 0.0, 0.0)
+        return lower, seconds, 0.0, 0.0, 0.0
     lower, seconds, (_, peak) = fold(work, Together(*times, PeakBytes(keeps_saved=False)))
     held = _held(system, phase, peak)
-    return Bare(lower, seconds, held.total, held.weights, held.cache)
+    return lower, seconds, held.total, held.weights, held.cache
 
 
 #: Cells evaluated together: enough to hide the cost of a call, few enough that a layer's arrays stay near the core.

@@ -6,27 +6,22 @@ differ.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
 from simulator.dtypes import BF16, CacheFormat
 from simulator.footprint import Footprint
-from simulator.kernels.attention import Segment
+from simulator.kernels.attention import Mask, Segment
 from simulator.layers.layer import Direction, Layer, is_mixer, weight_bytes
 from simulator.model import ModelSpec
-from simulator.parallel.layout import Layout
+from simulator.parallel.layout import DEGREES, Layout
 from simulator.parallel.pipeline import Stage
+from simulator.runs import runs
 from simulator.units import Bytes, Count, Num, Tokens, ceil, floor, maximum, minimum, where
 from simulator.work import Flow, Known, Later, Op, Overlap, Pipeline, Repeat, Serial, Work, fold, peak_bytes, quantity
-
-#: Shares of the chunks between the first and the last whole one; each is a run of whole chunks that stands for its mean.
-#: Pairs are exact whatever the shares; time is within 0.2 % of the sum over chunks (a law; the worst are those
-#: where the cache outgrows the L2 on the way).
-RUNS = (0.12, 0.2, 0.22, 0.23, 0.23)
 
 #: Host work of one step of one stage: from the number of kernels launched to an op on resource `host`.
 Host = Callable[[Count, Tokens], Op]
@@ -61,6 +56,8 @@ class Mixed:
 
 
 Phase = Prefill | Decode | Mixed
+#: Numbers of a segment that are the runs of one question, not the cells of a sweep.
+_FEW = 32
 
 
 class System:
@@ -73,6 +70,11 @@ class System:
         self.model, self.layout, self.cache = model, layout.place(model), cache or model.cache
         self.stages: list[Stage] = self.layout.pipeline.distinct(model)
         self.times = [stage.times for stage in self.stages]
+        self._plain = not any(isinstance(getattr(layout, degree), np.ndarray) for degree in DEGREES)
+        shares = [stage[1:-1] for stage in self.stages]
+        #: For each stage the first that is equal to it.
+        self.alike = [i if isinstance(self.layout.pp, np.ndarray) else shares.index(share) for i, share in enumerate(shares)]
+        self.masks: list[Mask] = list(dict.fromkeys(layer.mask for _, layer in model.mixers if hasattr(layer, "mask")))
 
     def _layer(self, layer: Layer, segments: tuple[Segment, ...], direction: Direction) -> Work:
         """One layer's work on one rank."""
@@ -81,12 +83,15 @@ class System:
     def step(
         self, segments: tuple[Segment, ...], *, host: Host | None = None, direction: Direction = Direction.FORWARD
     ) -> list[Work]:
-        """The work of one step on each stage; equal neighbours are one (`times`)."""
+        """The work of one step on each stage; equal neighbours are one (`times`), equal others one node."""
         shared: dict[Layer, Later] = {}
+
+        # the work of one question is small enough to keep for the next fold; that of a sweep is not
+        keep = cache if self._plain and all(np.size(number) <= _FEW for segment in segments for number in segment) else _forget
 
         def later(*layers: Layer) -> Work:
             """Equal layers of different blocks are one node: a fold evaluates them once."""
-            return Serial([shared.setdefault(layer, Later(partial(self._layer, layer, segments, direction))) for layer in layers])
+            return Serial([shared.setdefault(layer, Later(keep(partial(self._layer, layer, segments, direction)))) for layer in layers])
 
         blocks = [later(*block) for block in self.model.kinds]
         tokens = self.layout.shard(self.model.embedding, segments).tokens
@@ -94,9 +99,9 @@ class System:
         # hyper-connections hand their streams over, in the place of the residual and the block output
         streams = self.model.streams
         send = self.layout.pipeline.hand_over(tokens if streams == 1 else tokens * (streams / 2))
-        works: list[Work] = []
         launches, known = quantity("launches"), Known()
-        for stage in self.stages:
+
+        def stage_work(stage: Stage) -> Work:
             parts: list[Work] = [
                 Repeat(count, block)
                 for count, block in zip(stage.counts, blocks, strict=True)
@@ -110,9 +115,11 @@ class System:
             if send is not None and (isinstance(sends, np.ndarray) or sends):
                 parts.append(Repeat(sends, send))
             work: Work = Serial(parts)
-            if host is not None:
-                work = Overlap([Repeat(stage.present, host(fold(work, launches, known), tokens)), work])
-            works.append(work)
+            return work if host is None else Overlap([Repeat(stage.present, host(fold(work, launches, known), tokens)), work])
+
+        works: list[Work] = []
+        for number, alike in enumerate(self.alike):
+            works.append(works[alike] if alike < number else stage_work(self.stages[number]))
         return works
 
     def work(self, phase: Phase, *, host: Host | None = None) -> Work:
@@ -137,10 +144,10 @@ class System:
         return works[0] if len(works) == 1 else Pipeline([Flow(groups, works, steady=True, times=self.times)])
 
     def _prefill(self, phase: Prefill, host: Host | None) -> Work:
-        """First chunk and R runs at their mean prefix, then the ragged last chunk.
+        """Runs of whole chunks at their mean prefix, then the ragged last chunk.
 
-        Over p > 1 stages runs are taken to grow linearly.  Against schedules simulated chunk by chunk, at 2 to 16 stages and random
-        questions: within 0.2 % where all chunks grow alike, 0.45 % where a window, a block or a top-k fills up on the way.
+        Over p > 1 stages a run's chunks lie on a line between its neighbours' means: within 0.2 % of schedules simulated chunk by chunk
+        (0.3 % where few key-value heads outgrow the L2 on the way), at 2 to 16 stages and random questions.
         """
         new = phase.context - phase.prefix
         chunk = new if phase.chunk is None else minimum(phase.chunk, new)
@@ -152,25 +159,16 @@ class System:
         prompts = ceil(phase.batch / replicas)
         whole = floor(new / chunk)
         last = new - whole * chunk
-        counts, segments = self._runs(phase, chunk, whole + 0.0 * (phase.batch + new + self.layout.gpus * self.layout.ep * self.layout.dcp), replicas)
+        whole_of_all = whole + 0.0 * (phase.batch + new + self.layout.gpus * self.layout.ep * self.layout.dcp)
+        counts, before = runs(self.masks, prefix=phase.prefix, chunk=chunk, whole=whole_of_all)
+        segments = Segment(replicas, chunk, phase.prefix + before * chunk, chunks=np.maximum(counts, 1e-9))
         ragged = Segment(replicas, maximum(last, 1.0), phase.prefix + whole * chunk - where(last > 0, 0.0, 1.0))
         flows = [Flow(counts, self.step((segments,), host=host), runs=True, times=self.times)]
-        if np.any(np.asarray(last) > 0):
+        if np.any(last > 0):
             flows.append(Flow(where(last > 0, 1.0, 0.0), self.step((ragged,), host=host), times=self.times))
         if len(self.stages) == 1:
             return Repeat(prompts, Serial([Repeat(f.count, f.stages[0], runs=f.runs) for f in flows]))
         return Pipeline(flows, prompts)
-
-    @staticmethod
-    def _runs(phase: Prefill, chunk: Num, whole: Num, replicas: Num) -> tuple[Num, Segment]:
-        """Counts and segments along a leading axis: the first whole chunk, shares of those between, the last (the one
-        that drains a pipeline).
-        """
-        between, one = maximum(whole - 2, 0.0), np.ones_like(whole)
-        ends = [0 * one, *(floor(share * between + 0.5) for share in np.cumsum(RUNS[:-1])), between * one]
-        counts = np.stack([one, *(end - start for start, end in itertools.pairwise(ends)), one * (whole > 1)])
-        starts = np.stack([0 * one, *(1 + start for start in ends[:-1]), one * maximum(whole - 1, 0.0)])
-        return counts, Segment(replicas, chunk, phase.prefix + starts * chunk, chunks=np.maximum(counts, 1e-9))
 
     def footprint(self, *, sequences: Num, context: Num, step_tokens: Num) -> Footprint:
         """What the most demanding rank holds: weights, the caches of `sequences` at `context` tokens, and the
@@ -223,6 +221,11 @@ class System:
         for layer in (*self.model.layers, self.model.embedding):
             peak = maximum(peak, peak_bytes(self._layer(layer, segments, Direction.FORWARD)))
         return peak + self.residual_bytes(step_tokens)
+
+
+def _forget(make: Callable[[], Work]) -> Callable[[], Work]:
+    """Made anew each time."""
+    return make
 
 
 def _times(share: Num, value: Num) -> Num:

@@ -82,7 +82,8 @@ def span(interval: Interval, unit: str = "s") -> str:
     if unit == "s":
         return f"{SECONDS.show(interval.low, n)} to {SECONDS.show(interval.high, n)}"
     if unit == "$":
-        return f"{_dollars(interval.low, n)} to {_dollars(interval.high, n)}"
+        low, high = _dollars(interval.low, n), _dollars(interval.high, n)
+        return low if low == high else f"{low} to {high}"
     return f"{significant(interval.low, n)} to {significant(interval.high, n)}"
 
 
@@ -354,7 +355,8 @@ def _print_choice(plan: Plan, console: Console) -> None:
         _print_lost(plan, console)
     if plan.refused:
         console.print("  left out by a rule: " + ", ".join(f"{n} by {rule}" for rule, n in plan.refused.items()), highlight=False)
-    console.print()
+    if plan.refused or len(plan.candidates) > 1:
+        console.print()
 
 
 def _print_lost(plan: Plan, console: Console) -> None:

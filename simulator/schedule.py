@@ -8,56 +8,64 @@ Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.units import Array, Count, Num, maximum, minimum, where
+from simulator.units import Count, Num, maximum, minimum, where
 
 #: Chooses the later of two times.
 Choose = Callable[[Any, Any], Any]
 
 
 class Job(NamedTuple):
-    """`number` microbatches in a row: by stage their mean seconds and what each takes longer than the one before (None: they are
-    equal), and for how many equal stages a stage stands.
+    """`number` microbatches in a row: by stage their mean seconds and those of the first and of the last (None: they are equal),
+    and for how many equal stages a stage stands.
     """
 
     number: Count
     means: Sequence[Any]
-    growths: Sequence[Any] | None
+    ends: Sequence[tuple[Any, Any]] | None
     times: Sequence[float]
 
 
 class Passage(NamedTuple):
     """A job on one stage: seconds of all microbatches up to those at which a path may change stage (the first and the last, or
-    the only one), and of each of those alone.
+    the only one), of each of those alone, and of those before each, negative (None: there are none).
     """
 
     upto: list[Any]
     alone: list[Any]
+    before: list[Any]
 
 
 def jobs_of(count: Count, stages: Sequence[Any], times: Sequence[float], *, runs: bool) -> list[Job]:
-    """The jobs of a flow.  With `runs`, the leading axis enumerates them: a run between two others grows linearly, at the
-    slope between its neighbours' means; the first and the last are equal microbatches.
+    """The jobs of a flow.  With `runs`, the leading axis enumerates them: means are joined by straight lines from the middle of a run
+    to the middle of the next, on which the first and the last of a run between two others lie; the first and the last run
+    are equal microbatches.
+
+    Exact where all grow alike.  Where they stop growing (a window is full) no line overshoots.
     """
     if not runs:
         return [Job(count, stages, None, times)]
-    counts = np.asarray(count)
-    middle = _by_run(np.cumsum(counts, axis=0) - counts / 2, counts)
-    means = list(zip(*(_by_run(t, counts) for t in stages), strict=True))
-    found = [Job(number, mean, None, times) for number, mean in zip(_by_run(counts, counts), means, strict=True)]
+    counts = _by_run(count, count)
+    means = list(zip(*(_by_run(t, count) for t in stages), strict=True))
+    found = [Job(number, mean, None, times) for number, mean in zip(counts, means, strict=True)]
+    # steps from one middle to the next, and from a run's middle to its ends
+    apart = [1 / maximum(0.5 * (a + b), 0.5) for a, b in itertools.pairwise(counts)]
     for r in range(1, len(found) - 1):
-        apart = 1 / maximum(middle[r + 1] - middle[r - 1], 1.0)
-        found[r] = found[r]._replace(growths=[(b - a) * apart for a, b in zip(means[r - 1], means[r + 1], strict=True)])
+        half = 0.5 * (counts[r] - minimum(counts[r], 1.0))
+        back, on = half * apart[r - 1], half * apart[r]
+        neighbours = zip(*means[r - 1 : r + 2], strict=True)
+        found[r] = found[r]._replace(ends=[(mean - (mean - a) * back, mean + (b - mean) * on) for a, mean, b in neighbours])
     return found
 
 
-def _by_run(value: Any, counts: Array) -> list[Any]:
+def _by_run(value: Any, counts: Any) -> list[Any]:
     """The value in each run: plain numbers where they are numbers, the same in all where it has no axis for runs."""
-    if np.ndim(value) < counts.ndim:
+    if np.ndim(value) < np.ndim(counts):
         return [value] * len(counts)
     found: list[Any] = value.tolist() if value.ndim == 1 else list(value)
     return found
@@ -108,20 +116,15 @@ def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Cho
 def passages(job: Job) -> list[Passage]:
     """The job on every stage.
 
-    Of n microbatches with mean u and growth b, the first takes u - b (n - 1) / 2, the last u + b (n - 1) / 2 and all n u.
-    Less than one microbatch is one that is so much shorter.  Up to the first it is the first alone: one object twice.
+    Less than one microbatch is one that is so much shorter.  Up to the first it is the first alone.
     """
     n, one = job.number, minimum(job.number, 1.0)
-    if not np.any(n > 1):
-        alone = [[n * mean] for mean in job.means]
-        return [Passage(seconds, seconds) for seconds in alone]
-    if job.growths is None:
-        alone = [[one * mean] * 2 for mean in job.means]
-    else:
-        half = 0.5 * (n - one)
-        bends = [half * growth for growth in job.growths]
-        alone = [[one * mean - bend, one * mean + bend] for mean, bend in zip(job.means, bends, strict=True)]
-    return [Passage([seconds[0], n * mean], seconds) for mean, seconds in zip(job.means, alone, strict=True)]
+    if n <= 1 if type(n) is float else isinstance(n, np.ndarray) and not np.any(n > 1):
+        return [Passage([n * mean], [n * mean], [None]) for mean in job.means]
+    ends = [(mean, mean) for mean in job.means] if job.ends is None else job.ends
+    alone = [[one * first, one * last] for first, last in ends]
+    every = [n * mean for mean in job.means]
+    return [Passage([first, whole], [first, last], [None, last - whole]) for (first, last), whole in zip(alone, every, strict=True)]
 
 
 def _ends(
@@ -146,8 +149,8 @@ def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: float, la
     `reached`.
     """
     found = []
-    for at, total, one in zip(reached, stage.upto, stage.alone, strict=True):
-        ready = at if total is one else at - total + one
+    for at, total, one, before in zip(reached, *stage, strict=True):
+        ready = at if before is None else at + before
         busy = later(busy, ready if times == 1 else ready + (times - 1) * one)
         found.append(busy + total)
     return found

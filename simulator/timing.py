@@ -13,6 +13,7 @@ Source: FORMULAS 3.7.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -67,10 +68,7 @@ class Clock:
 
     def bound(self, op: Leaf) -> Seconds:
         """The least time: the busiest resource at peak, no calibration."""
-        least: Seconds = 0.0
-        for seconds in self.demand(op).values():
-            least = seconds if type(least) is float and least == 0.0 else maximum(least, seconds)
-        return least
+        return busiest(self.demand(op))
 
     def expected(self, op: Leaf) -> Seconds:
         """The calibrated time of the op alone."""
@@ -111,15 +109,17 @@ class Clock:
         return where_any(op.hbm_bytes, smooth_max(parts, constants.power) + fixed)
 
 
-def once(seconds: Callable[[Leaf], Seconds]) -> Callable[[Leaf], Seconds]:
-    """The same function, worked out once where several algebras ask about the same leaf in turn."""
-    last: tuple[Leaf | None, Seconds] = (None, 0.0)
+Value = TypeVar("Value")
 
-    def remembered(op: Leaf) -> Seconds:
-        nonlocal last
-        if op is not last[0]:
-            last = (op, seconds(op))
-        return last[1]
+
+def once(function: Callable[[Leaf], Value]) -> Callable[[Leaf], Value]:
+    """The same function, worked out once for every leaf that algebras ask about."""
+    known: dict[Leaf, Value] = {}
+
+    def remembered(op: Leaf) -> Value:
+        if op not in known:
+            known[op] = function(op)
+        return known[op]
 
     return remembered
 
@@ -140,9 +140,9 @@ def clock_of(cluster: Cluster, calibration: Calibration) -> Clock:
 
 def where_any(work: Num, seconds: Seconds) -> Seconds:
     """`seconds` where there is work, else nothing."""
-    if isinstance(work, np.ndarray):
-        return seconds if np.min(work) > 0 else np.where(work > 0, seconds, 0.0)
-    return seconds if work > 0 else 0.0
+    if isinstance(work, np.ndarray) and np.minimum.reduce(work, axis=None) > 0:
+        return seconds
+    return where(work > 0, seconds, 0.0)
 
 
 def least_wire(op: Message) -> Num:
@@ -165,9 +165,20 @@ def smooth_max(parts: list[Num], power: int) -> Num:
     return root(total, power)
 
 
-def bounded(clock: Clock) -> SecondsOverlapped:
-    """The algebra of bounds: peak rates whatever the calibration, overlap where the tree says so."""
-    return SecondsOverlapped(clock.bound, clock.demand)
+def busiest(demand: Mapping[str, Seconds]) -> Seconds:
+    """The seconds of the resource that is occupied the longest."""
+    least: Seconds = 0.0
+    for seconds in demand.values():
+        least = seconds if type(least) is float and least == 0.0 else maximum(least, seconds)
+    return least
+
+
+def bounded(clock: Clock, demand: Callable[[Leaf], Mapping[str, Seconds]] | None = None) -> SecondsOverlapped:
+    """The algebra of bounds: peak rates whatever the calibration, overlap where the tree says so.  `demand` may be the clock's,
+    worked out `once`.
+    """
+    asked = demand or clock.demand
+    return SecondsOverlapped(lambda op: busiest(asked(op)), asked)
 
 
 def calibrated(

@@ -256,7 +256,12 @@ def fold(work: Work, algebra: Algebra, known: Known | None = None) -> Any:
             if isinstance(node.mask, (bool, np.bool_)):
                 return value(node.a if node.mask else node.b)
             return algebra.select(node.mask, value(node.a), value(node.b))
-        return algebra.pipeline(node, [[value(stage) for stage in flow.stages] for flow in node.flows])
+        return algebra.pipeline(node, [staged(flow.stages) for flow in node.flows])
+
+    def staged(stages: Sequence[Work]) -> list[Any]:
+        """Stages that are one node are evaluated once."""
+        found = {key: value(stage) for key, stage in {id(stage): stage for stage in stages}.items()}
+        return [found[id(stage)] for stage in stages]
 
     return value(work)
 
@@ -315,7 +320,7 @@ def _sum(values: Sequence[Num]) -> Num:
 def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
     if not runs:
         return count * value
-    if isinstance(value, np.ndarray) and value.ndim >= np.ndim(count):
+    if type(value) is not float and np.ndim(value) >= np.ndim(count):
         summed: Num = np.add.reduce(count * value, axis=0)
     else:
         summed = np.add.reduce(count, axis=0) * value
@@ -513,7 +518,7 @@ class PeakBytes:
     def pipeline(self, pipe: Pipeline, values: list[list[tuple[Num, Num]]]) -> tuple[Num, Num]:
         """The most of any stage and flow, of runs and flows that there are."""
         there = [
-            (flow, net, where(flow.count > 0, peak, 0.0) if isinstance(flow.count, np.ndarray) else peak)
+            (flow, net, peak if type(flow.count) is float else where(flow.count > 0, peak, 0.0))
             for flow, stages in zip(pipe.flows, values, strict=True)
             for net, peak in stages
         ]
@@ -527,54 +532,59 @@ def peak_bytes(work: Work, *, keeps_saved: bool = False) -> Bytes:
     return peak
 
 
-@dataclass(slots=True, eq=False)
-class Row:
-    """One line of an explanation: an op, how often it runs, and what it takes in all."""
-
-    op: Leaf
-    count: Num
-    seconds: Seconds
-
-
-class Rows:
-    """The ops of the critical path, merged by name and family, with scalar quantities.
-
-    Of an overlap all parts are listed; of a pipeline the longest path.
+class Passed(NamedTuple):
+    """How often each op runs on the critical path, and beside it (in overlaps, where another part takes longer); over the runs
+    of a flow, vectors.
     """
+
+    longest: dict[Leaf, Num]
+    beside: dict[Leaf, Num]
+
+
+class Passes:
+    """The passes of the critical path: of an overlap the part that takes longest, of a pipeline the longest path."""
 
     def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
         self.leaf_seconds = leaf_seconds
 
-    def leaf(self, op: Leaf) -> list[Row]:
-        """One row; quantities may still carry a runs axis."""
-        return [Row(op, 1.0, self.leaf_seconds(op))]
+    def leaf(self, op: Leaf) -> Passed:
+        """Once."""
+        return Passed({op: 1.0}, {})
 
-    def serial(self, values: list[list[Row]]) -> list[Row]:
-        """All rows."""
-        return [row for rows in values for row in rows]
+    def serial(self, values: list[Passed]) -> Passed:
+        """Sum by op."""
+        return Passed(_added([value.longest for value in values]), _added([value.beside for value in values if value.beside]))
 
-    def overlap(self, parts: Sequence[Work], values: list[list[Row]]) -> list[Row]:  # noqa: ARG002
-        """All rows."""
-        return self.serial(values)
+    def overlap(self, parts: Sequence[Work], values: list[Passed]) -> Passed:  # noqa: ARG002
+        """The part that takes longest, and the others beside it."""
+        longest = max(values, key=lambda value: total(self.seconds(value)))
+        return Passed(longest.longest, _added([longest.beside, *(part for value in values if value is not longest for part in value)]))
 
-    def repeat(self, count: Num, value: list[Row], *, runs: bool) -> list[Row]:
-        """Rows times count."""
-        steps = total(count) if runs else count
-        return [
-            Row(_collapse(row.op, count) if runs else row.op, row.count * steps, _repeated(count, row.seconds, runs=runs))
-            for row in value
-        ]
+    def repeat(self, count: Num, value: Passed, *, runs: bool) -> Passed:  # noqa: ARG002 (runs stay a vector)
+        """Times count."""
+        return Passed(*({op: count * passes for op, passes in part.items()} for part in value))
 
-    def select(self, mask: Any, a: list[Row], b: list[Row]) -> list[Row]:
+    def select(self, mask: Any, a: Passed, b: Passed) -> Passed:
         """Weighted by the share of runs on which each branch is taken."""
         share = np.asarray(mask, dtype=float)
-        return [Row(row.op, row.count, row.seconds * share) for row in a] + [
-            Row(row.op, row.count, row.seconds * (1 - share)) for row in b
-        ]
+        return self.serial([self.repeat(share, a, runs=False), self.repeat(1 - share, b, runs=False)])
 
-    def pipeline(self, pipe: Pipeline, values: list[list[list[Row]]]) -> list[Row]:
+    def pipeline(self, pipe: Pipeline, values: list[list[Passed]]) -> Passed:
         """Every stage as often as the longest path passes it."""
-        return self.serial(_critical(pipe, values, self.repeat, lambda rows: _sum([row.seconds for row in rows])))
+        return self.serial(_critical(pipe, values, self.repeat, self.seconds))
+
+    def seconds(self, value: Passed) -> Num:
+        """What the passes take, run by run."""
+        return _sum([passes * self.leaf_seconds(op) for op, passes in value.longest.items()])
+
+
+def _added(parts: Sequence[Mapping[Leaf, Num]]) -> dict[Leaf, Num]:
+    """Sum by op, in order of first appearance."""
+    passes: dict[Leaf, Num] = {}
+    for part in parts:
+        for op, count in part.items():
+            passes[op] = passes[op] + count if op in passes else count
+    return passes
 
 
 def _critical(
@@ -598,59 +608,50 @@ def _critical(
             places.append((flow, stage, span))
 
     path = _scheduled(replace(pipe, rounds=float(np.max(pipe.rounds))), told, lambda x, y: x if x[0] >= y[0] else y)
-    return [
-        repeat(path[span] if flow.runs else float(path[span.start]), stage, runs=flow.runs) for flow, stage, span in places if path[span].any()
-    ]
+    # stages that are one node share a value, which is counted once
+    often: dict[tuple[int, int], tuple[Flow, Any, Any]] = {}
+    for flow, stage, span in places:
+        key, count = (id(flow), id(stage)), path[span] if flow.runs else float(path[span.start])
+        often[key] = (flow, stage, often[key][2] + count if key in often else count)
+    return [repeat(count, stage, runs=flow.runs) for flow, stage, count in often.values() if np.any(count)]
 
 
-def _collapse(op: Leaf, count: Num) -> Leaf:
-    """The op with each quantity replaced by its mean over the runs (the sum divided by the number of steps)."""
+@dataclass(slots=True, eq=False)
+class Row:
+    """One line of an explanation: an op (the mean over its passes), how often it runs, and what it takes in all."""
+
+    op: Leaf
+    count: float
+    seconds: float
+
+
+def rows(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> list[Row]:
+    """The passes of the critical path and beside it as lines."""
+    return [Row(_mean(op, count), total(count), total(count * leaf_seconds(op))) for op, count in _added(passes).items()]
+
+
+def by_kernel(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> dict[tuple[str, str, str], float]:
+    """Seconds of the critical path by family of ops, for the interval of a total."""
+    found: dict[tuple[str, str, str], float] = {}
+    for op, count in passes.longest.items():
+        found[op.family] = found.get(op.family, 0.0) + total(count * leaf_seconds(op))
+    return found
+
+
+def _mean(op: Leaf, count: Num) -> Leaf:
+    """The op with each quantity replaced by its mean over the passes of each run."""
     steps = total(count)
-    if steps == 0:
+    if type(count) is float or not steps:
         return op
 
     def mean(value: Any) -> Any:
         return total(count * value) / steps if isinstance(value, np.ndarray) and value.ndim else value
 
-    changes = {name: mean(getattr(op, name)) for name in op.__slots__ if isinstance(getattr(op, name), np.ndarray)}
+    changes = {name: mean(value) for name in op.__slots__ if isinstance(value := getattr(op, name), np.ndarray)}
     if isinstance(op, Op):
+        if not changes and not any(isinstance(value, np.ndarray) for value in op.shape.values()):
+            return op
         changes["shape"] = {key: mean(value) for key, value in op.shape.items()}
         aside = Aside(*(mean(value) for value in op.aside()))
         changes["aside"] = lambda: aside
-    fields = {name: getattr(op, name) for name in op.__slots__}
-    return type(op)(**{**fields, **changes})
-
-
-class ByKernel:
-    """Seconds of the critical path by family of ops, for the interval of a total."""
-
-    def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
-        self.leaf_seconds = leaf_seconds
-
-    def leaf(self, op: Leaf) -> dict[tuple[str, str, str], Num]:
-        """One family."""
-        return {op.family: self.leaf_seconds(op)}
-
-    def serial(self, values: list[dict[tuple[str, str, str], Num]]) -> dict[tuple[str, str, str], Num]:
-        """Sum by family."""
-        total: dict[tuple[str, str, str], Num] = {}
-        for value in values:
-            for family, seconds in value.items():
-                total[family] = total[family] + seconds if family in total else seconds
-        return total
-
-    def overlap(self, parts: Sequence[Work], values: list[dict[tuple[str, str, str], Num]]) -> dict[tuple[str, str, str], Num]:  # noqa: ARG002
-        """The part that takes longest."""
-        return max(values, key=lambda v: total(_sum(list(v.values()))))
-
-    def repeat(self, count: Num, value: dict[tuple[str, str, str], Num], *, runs: bool) -> dict[tuple[str, str, str], Num]:
-        """Times count."""
-        return {family: _repeated(count, seconds, runs=runs) for family, seconds in value.items()}
-
-    def select(self, mask: Any, a: dict[tuple[str, str, str], Num], b: dict[tuple[str, str, str], Num]) -> dict[tuple[str, str, str], Num]:
-        """Family by family."""
-        return {family: where(mask, a.get(family, 0.0), b.get(family, 0.0)) for family in {**a, **b}}
-
-    def pipeline(self, pipe: Pipeline, values: list[list[dict[tuple[str, str, str], Num]]]) -> dict[tuple[str, str, str], Num]:
-        """Every stage as often as the longest path passes it."""
-        return self.serial(_critical(pipe, values, self.repeat, lambda v: _sum(list(v.values()))))
+    return replace(op, **changes)

@@ -25,12 +25,11 @@ from simulator.kernels.gemm import gemm
 from simulator.kernels.grouped_gemm import grouped_gemm
 from simulator.kernels.latent_attention import latent_attention
 from simulator.kernels.messages import PATTERNS, message
-from simulator.layers import Attention, LatentAttention
 from simulator.model import ModelSpec
 from simulator.parallel import DEGREES
 from simulator.phases import System
 from simulator.timing import Clock
-from simulator.work import Group, Repeat, SecondsOverlapped, SecondsSerial, Work, fold, quantity
+from simulator.work import Algebra, Group, Repeat, SecondsOverlapped, SecondsSerial, Work, fold, quantity
 from tests.support import HYBRID, MAIN, legal, machine, model, relative
 
 M1 = 1_048_576
@@ -224,28 +223,48 @@ def test_runs_are_the_sum_over_their_chunks_wherever_they_are_cut(name: str, gpu
             assert relative(float(fold(together, algebra)), exact) < 0.002, (seconds.__name__, layout, phase)
 
 
+def simulated(system: System, phase: Prefill, algebra: Algebra) -> float:
+    """Prompts chunk by chunk through the stages, each stage one chunk at a time."""
+    assert phase.chunk is not None
+    starts = np.arange(float(phase.prefix), float(phase.context), float(phase.chunk))
+    steps = system.step((Segment(1.0, np.minimum(phase.chunk, phase.context - starts), starts),))
+    jobs = np.array([np.broadcast_to(fold(work, algebra), starts.shape) for work in steps]).T.tolist()
+    equal = [int(times) for times in system.times]
+    done = [0.0] * sum(equal)
+    for job in jobs * int(phase.batch):
+        ready = 0.0
+        for s, taken in enumerate(np.repeat(job, equal).tolist()):
+            ready = done[s] = max(ready, done[s]) + taken
+    return done[-1]
+
+
 @main_models
 @pytest.mark.parametrize("pp", [2, 4, 8])
 def test_a_pipeline_of_chunks_takes_what_its_simulation_takes(name: str, pp: int) -> None:
-    """Chunk by chunk through the stages, each stage one chunk at a time.  Where all chunks grow alike, to 0.1 %; where a window, a
-    block or a top-k fills up on the way, to 0.3 %: runs stand for their mean and are taken to grow linearly."""
+    """Within 0.2 %, or 0.3 % where other mixers stand beside attention of few key-value heads, whose caches outgrow the L2 on the way."""
+    mixed = len({type(layer) for _, layer in model(name).mixers}) > 1
     system, ticking = System(model(name), Layout(pp=pp)), clock("h200", pp)
     algebra = SecondsOverlapped(ticking.expected, ticking.demand)
-    equal = [int(times) for times in system.times]
-    bent = any(type(layer) not in (Attention, LatentAttention) or type(getattr(layer, "mask", Causal())) is not Causal for _, layer in model(name).mixers)
     for context, chunk, prompts in itertools.product((24_653, 131_072), (512, 2048, 8192, 16_384), (1, 5)):
-        whole, last = divmod(context, chunk)
-        steps = system.step((Segment(1.0, float(chunk), np.arange(whole) * float(chunk)),))
-        jobs = np.array([np.broadcast_to(fold(work, algebra), whole) for work in steps]).T.tolist()
-        if last:
-            jobs.append([float(fold(work, algebra)) for work in system.step((Segment(1.0, float(last), float(whole * chunk)),))])
-        done = [0.0] * pp
-        for job in jobs * prompts:
-            ready = 0.0
-            for s, taken in enumerate(np.repeat(job, equal).tolist()):
-                ready = done[s] = max(ready, done[s]) + taken
-        found = float(fold(system.work(Prefill(float(context), float(prompts), chunk=float(chunk))), algebra))
-        assert relative(found, done[-1]) < (0.003 if bent else 0.001), (context, chunk, prompts)
+        phase = Prefill(float(context), float(prompts), chunk=float(chunk))
+        assert relative(float(fold(system.work(phase), algebra)), simulated(system, phase, algebra)) < (0.003 if mixed else 0.002), phase
+
+
+@main_models
+def test_a_pipeline_of_chunks_takes_what_its_simulation_takes_wherever_it_is_cut(name: str) -> None:
+    """The same for depths, contexts, prefixes and chunks at random; 0.3 % where chunks do not divide a block of keys."""
+    random = np.random.default_rng([11, *name.encode()])
+    blocks = any(isinstance(mask, Chunked) for mask in System(model(name), Layout()).masks)
+    ticking = clock("h200", 16)
+    for pp in random.choice([2, 3, 4, 8, 16], 6).tolist():
+        context = float(np.round(2 ** random.uniform(12, 19)))
+        chunk = float(np.round(context / random.uniform(1, 150)))
+        phase = Prefill(context, float(random.choice([1, 2, 5])), float(np.floor(context * random.choice([0, 0, 0.5]))), chunk)
+        system = System(model(name), Layout(pp=pp))
+        for seconds in (ticking.bound, ticking.expected):
+            algebra = SecondsOverlapped(seconds, ticking.demand)
+            found = float(fold(system.work(phase), algebra))
+            assert relative(found, simulated(system, phase, algebra)) < (0.003 if blocks else 0.002), (seconds.__name__, pp, phase)
 
 
 @pytest.mark.parametrize("name", LATENT)

@@ -17,6 +17,7 @@ from simulator import load_model
 from simulator.data import data_path
 from simulator.dtypes import CACHE_FORMATS, weight_format
 from simulator.hf import catalog, read_config, with_formats
+from simulator.hf.catalog import find
 from simulator.kernels.attention import Causal, Chunked, Segment, Window
 from simulator.layers import REGISTRY, Attention, Embedding, GatedMLP, Head, LatentAttention, MoE
 from simulator.model import ModelSpec
@@ -294,6 +295,12 @@ def test_an_id_that_fits_several_lists_them(text: str) -> None:
     with pytest.raises(ValueError, match="several match") as refused:
         load_model(text)
     assert sum(name in str(refused.value) for name in catalog()) >= 2
+
+
+def test_a_part_of_a_name_means_the_checkpoint_that_others_store_otherwise() -> None:
+    assert find("Llama-4-Scout") == "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+    with pytest.raises(ValueError, match="several match"):
+        find("Kimi-K2")
 
 
 @pytest.mark.parametrize("text", ["", "   ", "/nowhere/at/all", "zzzzzzzz", "a" * 300, "a\0b"], ids=range(6))

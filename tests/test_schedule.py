@@ -14,14 +14,14 @@ from simulator.schedule import Job, jobs_of, makespan, passages, turn
 
 def simulated(job: Job, rounds: int = 1) -> float:
     """Every microbatch through every stage, one by one, each stage one at a time."""
-    assert job.growths is not None
+    assert job.ends is not None
     n, done = int(job.number), [0.0] * int(sum(job.times))
     for _ in range(rounds):
         for j in range(n):
             ready, place = 0.0, 0
-            for mean, growth, equal in zip(job.means, job.growths, job.times, strict=True):
+            for (first, last), equal in zip(job.ends, job.times, strict=True):
                 for _ in range(int(equal)):
-                    ready = done[place] = max(ready, done[place]) + mean + growth * (j - (n - 1) / 2)
+                    ready = done[place] = max(ready, done[place]) + first + (last - first) * j / max(n - 1, 1)
                     place += 1
     return done[-1]
 
@@ -31,7 +31,8 @@ stages = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6), st.integers(1
 
 def grown(found: Sequence[tuple[int, int, int]], number: int) -> Job:
     """A job whose microbatch j takes a + j g on a stage."""
-    return Job(float(number), [a + g * (number - 1) / 2 for a, g, _ in found], [float(g) for _, g, _ in found], [float(n) for *_, n in found])
+    grows = number - 1
+    return Job(float(number), [a + g * grows / 2 for a, g, _ in found], [(float(a), float(a + g * grows)) for a, g, _ in found], [float(n) for *_, n in found])
 
 
 @given(stages, st.integers(1, 2), st.integers(1, 2))
@@ -56,11 +57,20 @@ def test_a_passage_ends_with_the_whole_job_and_begins_with_its_first_microbatch(
         assert stage.upto[0] == stage.alone[0] == pytest.approx(first)
 
 
-def test_a_run_grows_at_the_slope_between_its_neighbours() -> None:
+def test_a_run_lies_on_a_line_between_its_neighbours() -> None:
     first, between, last = jobs_of(np.array([1.0, 8.0, 1.0]), [np.array([10.0, 14.5, 19.0]), np.array([3.0, 3.0, 3.0])], [1.0, 1.0], runs=True)
-    assert (first.growths, last.growths) == (None, None)
-    assert between.growths == pytest.approx([1.0, 0.0])
+    assert (first.ends, last.ends) == (None, None)
+    assert between.ends == [pytest.approx((11.0, 18.0)), (3.0, 3.0)]
     assert (between.number, list(between.means)) == (8, [14.5, 3.0])
+
+
+def test_a_run_that_stops_growing_does_not_overshoot() -> None:
+    """A window that is full: 4 chunks that grow from 10 to 13, then 20 of 13."""
+    _, grows, full, _ = jobs_of(np.array([1.0, 3.0, 19.0, 1.0]), [np.array([10.0, 12.0, 13.0, 13.0])], [1.0], runs=True)
+    assert grows.ends is not None
+    assert full.ends is not None
+    assert grows.ends[0][1] <= 13
+    assert full.ends[0][1] == 13
 
 
 def test_a_stage_that_costs_the_same_in_every_run_needs_no_axis() -> None:

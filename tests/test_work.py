@@ -10,27 +10,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.phases import RUNS
+from simulator.runs import SHARES
 from simulator.work import (
     Aside,
-    ByKernel,
     Flow,
     Group,
     Message,
     Op,
     Overlap,
+    Passes,
     PeakBytes,
     Pipeline,
     Repeat,
-    Rows,
     SecondsOverlapped,
     SecondsSerial,
     Select,
     Serial,
     Work,
+    by_kernel,
     fold,
     peak_bytes,
     quantity,
+    rows,
 )
 
 KERNELS = ("gemm", "attention", "elementwise")
@@ -206,7 +207,7 @@ def test_many_rounds_are_never_long_and_short_by_no_more_than_is_said(runs: list
 def test_chunks_that_grow_through_uneven_stages_take_what_a_simulation_takes(stages: list[tuple[int, int]], chunks: int, rounds: int) -> None:
     """Stage s takes a_s + j c_s for chunk j, told by the means of runs: never long, and short by at most g n^2 / 8 for each change of
     stage, with n the chunks of the longest run."""
-    ends = np.round(np.cumsum([0.0, *RUNS]) * (chunks - 2))
+    ends = np.round(np.cumsum([0.0, *SHARES]) * (chunks - 2))
     counts = np.array([1.0, *np.diff(ends), 1.0])
     middle = np.cumsum(counts) - counts / 2 - 0.5
     work = Pipeline([Flow(counts, [op(a + middle * c) for a, c in stages], runs=True)], float(rounds))  # type: ignore[arg-type]
@@ -216,8 +217,8 @@ def test_chunks_that_grow_through_uneven_stages_take_what_a_simulation_takes(sta
     growth = max(abs(c - d) for _, c in stages for _, d in stages)
     assert found <= simulated * (1 + 1e-9)
     assert simulated <= (found + rounds * (len(stages) - 1) * growth * apart**2 / 8) * (1 + 1e-9)
-    assert sum(float(np.sum(row.seconds)) for row in fold(work, Rows(seconds))) == pytest.approx(found)
-    assert sum(fold(work, ByKernel(seconds)).values()) == pytest.approx(found)
+    assert sum(float(np.sum(row.seconds)) for row in rows(fold(work, Passes(seconds)), seconds)) == pytest.approx(found)
+    assert sum(by_kernel(fold(work, Passes(seconds)), seconds).values()) == pytest.approx(found)
 
 
 @given(microbatches, st.integers(2, 5))
@@ -254,7 +255,7 @@ def same(a: Any, b: Any) -> bool:
 
 def summed_rows(work: Work) -> dict[str, float]:
     found: dict[str, float] = {}
-    for row in fold(work, Rows(seconds)):
+    for row in rows(fold(work, Passes(seconds)), seconds):
         found[row.op.kernel] = found.get(row.op.kernel, 0.0) + float(np.sum(row.seconds))
     return found
 
@@ -264,7 +265,7 @@ FOLDS: dict[str, Callable[[Work], Any]] = {
     "overlapped seconds": lambda work: fold(work, overlapped_seconds),
     "peak bytes": lambda work: fold(work, PeakBytes(keeps_saved=True)),
     "peak bytes of inference": lambda work: fold(work, PeakBytes(keeps_saved=False)),
-    "by kernel": lambda work: fold(work, ByKernel(seconds)),
+    "by kernel": lambda work: by_kernel(fold(work, Passes(seconds)), seconds),
     "rows": summed_rows,
     **{name: lambda work, name=name: fold(work, quantity(name)) for name in AMOUNTS},
 }
@@ -303,14 +304,14 @@ def test_a_choice_for_many_cells_takes_each_cells_branch(name: str, work: Work, 
 
 @given(serial_trees)
 def test_rows_of_a_serial_tree_sum_to_its_time(work: Work) -> None:
-    rows = fold(work, Rows(seconds))
-    assert sum(row.seconds for row in rows) == pytest.approx(fold(work, serial_seconds))
-    assert sum(row.count * row.op.hbm_bytes for row in rows) == pytest.approx(fold(work, quantity("hbm_bytes")))
+    lines = rows(fold(work, Passes(seconds)), seconds)
+    assert sum(row.seconds for row in lines) == pytest.approx(fold(work, serial_seconds))
+    assert sum(row.count * row.op.hbm_bytes for row in lines) == pytest.approx(fold(work, quantity("hbm_bytes")))
 
 
 @given(serial_trees)
 def test_families_of_a_serial_tree_sum_to_its_time(work: Work) -> None:
-    families = fold(work, ByKernel(seconds))
+    families = by_kernel(fold(work, Passes(seconds)), seconds)
     assert sum(families.values()) == pytest.approx(fold(work, serial_seconds))
     for kernel in KERNELS:
         ran = [leaf.shape["t"] for leaf in replay(work) if leaf.kernel == kernel]
@@ -321,13 +322,13 @@ def test_families_of_a_serial_tree_sum_to_its_time(work: Work) -> None:
 def test_rows_and_families_of_a_pipeline_sum_to_its_time(stages: list[float], count: int, steady: bool) -> None:
     work = Pipeline([Flow(float(count), [Serial([op(t), op(1.0, "attention")]) for t in stages], steady=steady)])
     told = fold(work, serial_seconds)
-    assert sum(float(np.sum(row.seconds)) for row in fold(work, Rows(seconds))) == pytest.approx(told)
-    assert sum(fold(work, ByKernel(seconds)).values()) == pytest.approx(told)
+    assert sum(float(np.sum(row.seconds)) for row in rows(fold(work, Passes(seconds)), seconds)) == pytest.approx(told)
+    assert sum(by_kernel(fold(work, Passes(seconds)), seconds).values()) == pytest.approx(told)
 
 
 def test_families_of_an_overlap_are_those_of_the_part_that_takes_longest() -> None:
     work = Serial([op(2.0), Overlap([op(3.0, "attention"), op(5.0, "elementwise")])])
-    assert fold(work, ByKernel(seconds)) == {("gemm", "", "bf16"): 2.0, ("elementwise", "", "bf16"): 5.0}
+    assert by_kernel(fold(work, Passes(seconds)), seconds) == {("gemm", "", "bf16"): 2.0, ("elementwise", "", "bf16"): 5.0}
 
 
 @pytest.mark.parametrize("name", ["flops", "hbm_bytes", "exponentials", "launches"])
@@ -335,17 +336,17 @@ def test_runs_add_up_with_their_counts(name: str) -> None:
     counts, amounts = np.array([1.0, 3.0, 0.0]), np.array([2.0, 5.0, 100.0])
     work = Repeat(counts, op(tensor_flops=amounts, hbm_bytes=amounts, exponentials=amounts), runs=True)  # type: ignore[arg-type]
     assert fold(work, quantity(name)) == (4 if name == "launches" else 17)
-    rows = fold(work, Rows(lambda leaf: leaf.hbm_bytes))
-    assert [row.count for row in rows] == [4]
-    assert rows[0].seconds == 17
-    assert rows[0].op.hbm_bytes == 17 / 4
+    lines = rows(fold(work, Passes(lambda leaf: leaf.hbm_bytes)), lambda leaf: leaf.hbm_bytes)
+    assert [row.count for row in lines] == [4]
+    assert lines[0].seconds == 17
+    assert lines[0].op.hbm_bytes == 17 / 4
 
 
 def test_a_message_carries_bytes_and_no_flops() -> None:
     message = Message("all-reduce", "all_reduce", Group("tp", 8.0), payload_bytes=8.0, wire_bytes=14.0)
     assert fold(Repeat(2.0, message), quantity("wire_bytes")) == 28
     assert all(fold(message, quantity(name)) == 0 for name in ("flops", "model_flops", "hbm_bytes", "exponentials"))
-    assert fold(message, ByKernel(seconds)) == {("message", "all_reduce", ""): 8.0}
+    assert by_kernel(fold(message, Passes(seconds)), seconds) == {("message", "all_reduce", ""): 8.0}
 
 
 def test_a_shared_part_counts_each_time_it_occurs() -> None:

@@ -71,7 +71,7 @@ def catalog() -> list[str]:
 
 
 def find(text: str) -> str:
-    """The catalog id meant by `text`: the id itself, or a part of exactly one."""
+    """The catalog id meant by `text`: the id itself, or a part of exactly one, or of one and of that one stored otherwise."""
     known = catalog()
     lowered = {name.lower(): name for name in known}
     wanted = text.strip().lower()
@@ -83,8 +83,10 @@ def find(text: str) -> str:
         [n for n in known if n.lower().split("/", 1)[-1].startswith(f"{wanted}-")],
         [n for n in known if wanted and wanted in n.lower()],
     ):
-        if len(fits) == 1:
-            return fits[0]
+        bare = sorted((n.lower().split("/", 1)[-1], n) for n in fits)
+        # "X-FP8-dynamic" is X stored otherwise
+        if bare and all(name.startswith(f"{bare[0][0]}-") for name, _ in bare[1:]):
+            return bare[0][1]
         if fits:
             message = f"model {text!r}: several match ({', '.join(fits[:6])}); write one of them"
             raise ValueError(message)

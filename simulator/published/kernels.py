@@ -21,7 +21,7 @@ from simulator.kernels.unfused_attention import unfused_attention
 from simulator.layers.layer import Direction, Mixer
 from simulator.published.table import Asked, Measurement, machine, refuse, spec
 from simulator.timing import Clock, bounded, calibrated
-from simulator.work import ByKernel, Repeat, Rows, Serial, Together, Work, fold
+from simulator.work import Passed, Passes, Repeat, Serial, Together, Work, by_kernel, fold
 
 MS, US, TERA, GIGA = 1e-3, 1e-6, 1e12, 1e9
 
@@ -31,8 +31,8 @@ def timed(work: Work, on: Cluster, seconds: float) -> Asked:
 
     def answer(calibration: Calibration) -> Interval:
         clock = Clock(on, calibration)
-        lower, value, families = fold(work, Together(bounded(clock), calibrated(clock), ByKernel(clock.expected)))
-        return interval(families, calibration, float(value), float(lower))
+        lower, value, passes = fold(work, Together(bounded(clock), calibrated(clock), Passes(clock.expected)))
+        return interval(by_kernel(passes, clock.expected), calibration, float(value), float(lower))
 
     return Asked(seconds, "s", answer, on)
 
@@ -235,10 +235,11 @@ def _inside(row: Measurement) -> Work | None:
     if named is None:
         return None
     kernel, impl = named
-    leaves = [found for found in fold(_mixer(row), Rows(lambda _: 0.0)) if found.op.kernel == kernel and (not impl or found.op.impl == impl)]
+    passes: Passed = fold(_mixer(row), Passes(lambda _: 0.0))
+    leaves = [(op, count) for op, count in passes.longest.items() if op.kernel == kernel and (not impl or op.impl == impl)]
     if not leaves:
         refuse(f"{row.kernel_or_engine.split()[-1]}: no such kernel in our mixer, not modelled yet")
-    return Serial([Repeat(found.count, found.op) for found in leaves])
+    return Serial([Repeat(count, op) for op, count in leaves])
 
 
 def _mixer(row: Measurement) -> Work:

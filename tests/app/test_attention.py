@@ -11,7 +11,7 @@ from simulator.kernels.attention import Causal
 from simulator.parallel import Layout
 from simulator.phases import Prefill, System
 from simulator.position import Rotary
-from simulator.work import Rows, fold
+from simulator.work import Passes, fold
 from tests.app.support import charts, lines, opened
 
 
@@ -34,8 +34,8 @@ def test_each_line_grows_as_its_label_says() -> None:
 
 def test_attention_s_pairs_are_those_of_the_model_s_own_tree() -> None:
     model, tokens = load_model("meta-llama/Meta-Llama-3.1-70B"), 32_768.0
-    rows = fold(System(model, Layout()).work(Prefill(tokens)), Rows(lambda op: getattr(op, "model_flops", 0.0)))
-    inside = sum(float(np.sum(row.seconds)) for row in rows if getattr(row.op, "kernel", "") == "attention")
+    passes = fold(System(model, Layout()).work(Prefill(tokens)), Passes(lambda op: 0.0))
+    inside = sum(float(np.sum(count * op.model_flops)) for op, count in passes.longest.items() if op.kernel == "attention")
     assert float(figures.attention_flops(model, tokens, Causal())) == pytest.approx(inside, rel=0.03)
 
 
