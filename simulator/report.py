@@ -180,14 +180,17 @@ def size_document(plan: Plan, inputs: dict[str, Any], engines: dict[str, Any]) -
         "alternatives": [_candidate_document(plan, c) for c in plan.candidates],
         "tie": plan.tie,
         "refused_layouts": plan.refused,
+        "prefill_context": plan.prefill_context,
         "launch": {"vllm": command, "notes": notes},
         "calibration": (plan.service.cold.calibration if plan.service else Calibration.load(plan.cluster.gpu)).description,
     }  # fmt: skip
 
 
 def _layout_document(layout: Any) -> dict[str, Any]:
-    names = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp", "data_parallel_size": "dp",
-             "expert_parallel_size": "ep", "decode_context_parallel_size": "dcp", "attention_data_parallel_size": "dp_attention"}  # fmt: skip
+    names = {
+        "tensor_parallel_size": "tp", "prefill_context_parallel_size": "cp", "pipeline_parallel_size": "pp", "data_parallel_size": "dp",
+        "expert_parallel_size": "ep", "decode_context_parallel_size": "dcp", "attention_data_parallel_size": "dp_attention",
+    }  # fmt: skip
     return {"name": str(layout), **{long: int(getattr(layout, short)) for long, short in names.items()}}
 
 
@@ -276,7 +279,7 @@ def _print_cache(plan: Plan, console: Console) -> None:
     model, context = plan.model, float(plan.request.context)
     slope, total = float(model.cache_slope(context)), float(model.cache_bytes(context))
     capacity = plan.best.capacity
-    ranks = float(plan.best.layout.tp * plan.best.layout.pp)
+    ranks = float(plan.best.layout.replica_gpus)
     allocated = float(capacity.per_sequence_bytes) * ranks
     fixed = total - slope * context
     rows = [
@@ -350,6 +353,8 @@ def _print_choice(plan: Plan, console: Console) -> None:
             )  # fmt: skip
         else:
             console.print(f"  {plan.runner_up.layout} lost: {gap:.0%} more time for the mean request", highlight=False, soft_wrap=True)
+    if plan.prefill_context:
+        console.print(f"  {plan.prefill_context}", highlight=False, soft_wrap=True)
     if plan.fits:
         _print_lost(plan, console)
     if plan.refused:

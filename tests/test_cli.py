@@ -76,7 +76,7 @@ SIZE = HEAD | {
     "fits", "verdict", "binding_constraint", "layout", "memory_bytes_per_gpu", "cache", "max_context_tokens", "max_context_layout", "max_concurrency",
     "whole_sequences", "smallest_gpus", "ttft_s", "ttft_cached_s", "tpot_s", "tokens_per_s_per_gpu", "input_tokens_per_s_per_gpu",
     "cost_usd_per_million_tokens", "cost_usd_per_request", "energy_j_per_token", "energy_j_per_input_token", "alternatives", "tie",
-    "refused_layouts", "launch", "calibration",
+    "refused_layouts", "prefill_context", "launch", "calibration",
 }  # fmt: skip
 LAYOUT = {
     "name", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "expert_parallel_size", "decode_context_parallel_size",
