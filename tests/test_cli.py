@@ -79,7 +79,7 @@ SIZE = HEAD | {
     "refused_layouts", "prefill_context", "launch", "calibration",
 }  # fmt: skip
 LAYOUT = {
-    "name", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "expert_parallel_size", "decode_context_parallel_size",
+    "name", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "expert_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size",
     "attention_data_parallel_size",
 }  # fmt: skip
 MEMORY = {"weights", "cache", "activations", "workspace", "engine", "total", "usable"}
@@ -225,6 +225,17 @@ def test_an_answer_names_its_inputs_in_full(say: Say) -> None:
     assert found["inputs"] | {"context": 1_000_000, "output": 2048, "tp": 8, "price_usd_per_gpu_hour": 2.5, "price_source": "given", "gpu": "h200_sxm"} == found["inputs"]
 
 
+def test_a_ring_is_estimated_as_asked(say: Say) -> None:
+    found = say("estimate", LLAMA, "--tp", 8, "--cp", 4, "--cp-passing", "q", "--cp-order", "striped", "--context", "128K", "--json").document
+    assert found["inputs"] | {"layout": "TP8 x CP4", "gpus": 32, "passing": "q", "order": "striped"} == found["inputs"]
+    names = {row["name"] for row in found["rows"]}
+    assert {"ring queries", "return outputs"} <= names
+    exchanged = say("estimate", LLAMA, "--tp", 8, "--ulysses", 4, "--context", "128K", "--json").document
+    assert {"tokens to heads", "heads to tokens"} <= {row["name"] for row in exchanged["rows"]}
+    helix = say("estimate", LLAMA, "--tp", 8, "--helix", 4, "--phase", "decode", "--context", "128K", "--json").document
+    assert "hand over outputs" in {row["name"] for row in helix["rows"]}
+
+
 # ---- exit codes
 
 
@@ -289,6 +300,14 @@ BAD: list[tuple[list[object], list[str]]] = [
     (["size", "Llama"], ["several match"]),
     (["size", LLAMA, "--tp", 6, "--gpus", 6], ["--tp 6", "64 attention heads", "1, 2, 4, 8, 16, 32, 64"]),
     (["estimate", LLAMA, "--tp", 6], ["--tp 6", "64 attention heads"]),
+    (["size", LLAMA, "--cp", 4], ["--cp 4", "multi-head latent attention", "compare-cp"]),
+    (["size", "DeepSeek-V3", "--gpus", 16, "--cp", 4, "--tp", 4, "--cp-passing", "kv"], ["--cp-passing kv", "gather"]),
+    (["size", "DeepSeek-V3", "--gpus", 16, "--cp-passing", "gather"], ["--cp-passing gather", "give --cp too"]),
+    (["size", "DeepSeek-V3", "--gpus", 16, "--tp", 4, "--ulysses", 4], ["--ulysses 4", "vLLM", "--tp"]),
+    (["size", LLAMA, "--tp", 8, "--helix", 4], ["--helix 4", "vLLM", "--dcp"]),
+    (["estimate", LLAMA, "--cp", 4, "--cp-passing", "round"], ["--cp-passing", "round"]),
+    (["estimate", LLAMA, "--cp", 4, "--cp-holds", "whole"], ["--cp-passing kv", "--cp-holds share"]),
+    (["estimate", LLAMA, "--tp", 8, "--ulysses", 16], ["--ulysses 16", "8 attention heads", "1, 2, 4, 8"]),
     (["kv", LLAMA, "--tp", 6], ["--tp 6", "64 attention heads"]),
     (["size", LLAMA, "--tp", -1], ["--tp", "-1"]),
     (["size", LLAMA, "--tp", 0], ["--tp", "0"]),
