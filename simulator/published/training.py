@@ -14,19 +14,11 @@ def training(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same
     refuse(f"a training step {stands}")
 
 
-def sequence_parallel(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
-    """Attention over the ranks of a Ulysses x ring group."""
-    refuse("Ulysses and ring attention: causal or not is not stated, a factor of two")
-
-
-SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
-    **dict.fromkeys(
-        (
-            "activation-recomputation-paper", "arctic-alst", "deepspeed-fpdt", "easycontext-readme", "internevo", "llm-foundry",
-            "megatron-bridge", "megatron-lm-llama-fp8", "megatron-lm-readme", "meta-model-card", "nemo-long-sequence", "simumax-b200",
-            "torchtitan-2024-12", "torchtitan-async-tp", "usp-paper",
-        ),
-        training,
+SOURCES: Mapping[str, Callable[[Measurement], Asked]] = dict.fromkeys(
+    (
+        "activation-recomputation-paper", "arctic-alst", "deepspeed-fpdt", "easycontext-readme", "internevo", "llm-foundry",
+        "megatron-bridge", "megatron-lm-llama-fp8", "megatron-lm-readme", "meta-model-card", "nemo-long-sequence", "simumax-b200",
+        "torchtitan-2024-12", "torchtitan-async-tp", "usp-paper",
     ),
-    "yunchang-usp": sequence_parallel,
-}  # fmt: skip
+    training,
+)  # fmt: skip
