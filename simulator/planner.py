@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from simulator import prefill_context, reach
+from simulator.cache_moves import Moves, moves
 from simulator.calibration import Calibration
 from simulator.engines.vllm import Capacity, Vllm
 from simulator.hardware import Cluster, cluster
@@ -65,6 +66,7 @@ class Plan:
     service: Service | None
     warnings: list[str] = field(default_factory=list)
     prefill_context: str | None = None
+    moves: Moves | None = None
 
     @property
     def fits(self) -> bool:
@@ -222,12 +224,18 @@ def size(
             model, best.layout, machine, request, engine=engine, calibration=calibration,
             price_usd_per_gpu_hour=machine.price_usd_per_gpu_hour if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour,
         )  # fmt: skip
+    moved = None
+    if service is not None:
+        moved = moves(
+            model, best.layout, machine, prompt=request.prompt, cached=service.cached_tokens, prefill_s=service.cold.seconds.value, engine=engine,
+            calibration=calibration,
+        )  # fmt: skip
     rules = [told.split(":", 1)[0].split(" ")[0] for _, told in refused]
     return Plan(
         model, machine, request, engine, best, second, candidates, {rule: rules.count(rule) for rule in dict.fromkeys(rules)},
         max(candidates, key=lambda c: c.longest), smallest(model, machine, request, engine), service,
         [*warnings(model, request, machine), *engine.warnings(model)],
-        prefill_context.told(model, machine, request, engine, calibration, [(c.layout, c.speed) for c in candidates]),
+        prefill_context.told(model, machine, request, engine, calibration, [(c.layout, c.speed) for c in candidates]), moved,
     )  # fmt: skip
 
 

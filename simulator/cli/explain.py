@@ -36,6 +36,9 @@ def explain(top: int, csv_file: str | None, as_json: bool, **asked: Any) -> None
     from simulator import explain as opened
     from simulator import export, report
 
+    if asked["phase"] == "train":
+        message = "--phase train: explain opens phases of serving; longctx estimate has a training step op by op"
+        raise ValueError(message)
     found, inputs, told = _estimated(**asked)
     document = opened.document(found, inputs, told)
     if csv_file is not None:

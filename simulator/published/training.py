@@ -1,17 +1,15 @@
-"""Training runs: refused with the reason until a training step can be asked for."""
+"""Training runs: refused until their conventions are converted into a training step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from simulator import phases
 from simulator.published.table import Asked, Measurement, refuse
 
 
 def training(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """A training step as a whole: iteration time, MFU, memory, longest trainable sequence."""
-    stands = "exists, its conventions are not converted yet" if hasattr(phases, "TrainStep") else "is not modelled yet"
-    refuse(f"a training step {stands}")
+    refuse("a training step: this source's conventions (recomputation, states, what its FLOPs count) are not converted yet")
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = dict.fromkeys(
