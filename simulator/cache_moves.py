@@ -25,7 +25,7 @@ from simulator.units import SECONDS, gib
 @dataclass(frozen=True, slots=True)
 class Moves:
     """Seconds, expected: `restore_s` of `cached` tokens against `recompute_s`; `exposed_s` of a hand-over of `sent_bytes` per GPU
-    that takes `send_s` at once.  None where there is nothing cached, or no network to send over.
+    that takes `send_s` at once.  None where there is nothing cached, no known host link, or no network to send over.
     """
 
     cached: int
@@ -69,9 +69,10 @@ def moves(
     restored, restore, again = 0.0, None, None
     if cached:
         restored = float(system.resident(sequences=1.0, context=float(cached)).cache)
-        restore = float(clock.expected(host_copy("restore", moved_bytes=restored, direction="to_device")))
         whole = Prefill(float(cached), 1.0, 0.0, float(engine.step_tokens(cluster.gpu)))
         again = float(bare(model, cluster, layout, whole, calibration=calibration, engine=engine, with_footprint=False).seconds)
+        if cluster.gpu.host_bytes_per_s:
+            restore = float(clock.expected(host_copy("restore", moved_bytes=restored, direction="to_device")))
     sent = float(handed_over_bytes(model, layout, float(prompt)))
     last = cluster.tiers[-1] if cluster.tiers else None
     if last is None or last.kind != "network" or not sent:

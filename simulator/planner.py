@@ -368,7 +368,8 @@ def smallest(model: ModelSpec, machine: Cluster, request: Request, engine: Vllm)
         tried = cluster(machine.gpu, count)
         if weights > count * float(machine.gpu.usable_bytes):
             continue
-        allowed = [layout for layout in layouts(model, count, engine) if not refusals(model, layout, engine, machine.gpus_per_node)]
+        # ranks that share a prompt each keep the whole cache: they hold nothing that attention-data parallelism does not
+        allowed = [layout for layout in layouts(model, count) if not refusals(model, layout, engine, machine.gpus_per_node)]
         if any(c.fits for c in hold(model, allowed, tried, request, engine)):
             return count
     return None

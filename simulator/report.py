@@ -540,9 +540,10 @@ def print_estimate(document: dict[str, Any], estimate: Estimate, console: Consol
     if isinstance(estimate.phase, TrainStep):
         rates, held = document["training"], estimate.footprint
         parts = ", ".join(f"{name} {gib(float(getattr(held, name)))}" for name in ("weights", "gradients", "optimizer", "activations"))
+        batches = f"{rates['microbatches']:,.0f} microbatch" + ("es" if rates["microbatches"] > 1 else "")
         console.print(
-            f"a step of {rates['tokens']:,.0f} tokens in {rates['microbatches']:,.0f} microbatches: {significant(rates['tokens_per_s_per_gpu']['value'], 2)} "
-            f"tokens/s/GPU, MFU {rates['mfu']['value']:.0%}; per GPU {parts}",
+            f"a step of {rates['tokens']:,.0f} tokens in {batches}: {significant(rates['tokens_per_s_per_gpu']['value'], 2)} tokens/s/GPU, "
+            f"MFU {rates['mfu']['value']:.0%}; per GPU {parts}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     for warning in document["warnings"]:
