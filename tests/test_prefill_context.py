@@ -23,7 +23,7 @@ from simulator.work import Rows, fold, quantity
 from tests.support import EVERY, machine, model
 from tests.test_context import messages
 
-V3, DSA, LLAMA, BIG = "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V3.2", "meta-llama/Meta-Llama-3.1-70B", "meta-llama/Meta-Llama-3.1-405B"
+V3, DSA, LLAMA = "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V3.2", "meta-llama/Meta-Llama-3.1-70B"
 M1 = 2.0**20
 ENGINE = Vllm()
 LATENT_BYTES = (512 + 64) * 2
@@ -197,12 +197,15 @@ def test_splitting_prompts_loses_where_every_rank_expands_the_context() -> None:
     assert re.search(r" lost: .* longer", found.prefill_context)
 
 
-def test_where_the_engine_splits_nothing_a_ring_that_would_save_much_is_named() -> None:
-    found = planned(BIG, 64, Request(2**20))
+@pytest.mark.parametrize(
+    ("name", "context", "offered"), [("openai/gpt-oss-120b", 131_072, True), ("moonshotai/Kimi-Linear-48B-A3B-Instruct", 2**20, False)]
+)
+def test_where_the_engine_splits_nothing_a_ring_that_would_save_much_is_named(name: str, context: int, offered: bool) -> None:
+    found = planned(name, 8, Request(context))
     assert found.prefill_context is not None
     assert found.prefill_context.startswith("A ring over the prompt's tokens (")
     assert "compare-cp" in found.prefill_context
-    assert "SGLang" in found.prefill_context
+    assert ("SGLang" in found.prefill_context) is offered
     assert planned(LLAMA, 1, Request(8192)).prefill_context is None
 
 

@@ -96,20 +96,23 @@ def test_tensor_parallelism_stays_in_the_node() -> None:
 
 def test_a_million_tokens_on_128_h100_from_first_principles() -> None:
     """Llama 3.1 405B, TP8 x CP16 pass-KV, fp8 weights.  2411.01783 reports 77 s and 63 % of the 800 TFLOP/s it gives for its H100 of
-    500 W.  Told that board's power and memory (96 GB of HBM2e at 2.4 TB/s, as torchtitan's rows of the same machines state), or only
-    that peak, the interval holds it; the 700 W board that is sold would be faster.  Nothing here was fitted to it.
+    500 W with HBM2e (2.4 TB/s: torchtitan's rows of the same machines state it).  Told so much, the interval holds it; the 700 W board
+    that is sold would be faster.  Nothing here was fitted to it.
     """
     full = machine("h100", 128)
-    by_power = replace(full.gpu, tdp_w=500.0, hbm_bytes_per_s=2.4e12)
-    by_peak = replace(full.gpu, max_clock_hz=800e12 / (full.gpu.units * full.gpu.flops_per_clock["bf16"]))
-    for board in (by_power, by_peak):
-        part = replace(full, gpu=board)
-        found = estimate(with_formats(model(BIG), "fp8", None), part, Layout(tp=8, cp=16), Prefill(1e6), calibration=Calibration.load(part.gpu))
+    peak = 800e12 / (full.gpu.units * full.gpu.flops_per_clock["bf16"])
+    boards = [replace(full.gpu, max_clock_hz=peak), replace(full.gpu, max_clock_hz=peak, tdp_w=500.0, hbm_bytes_per_s=2.4e12), full.gpu]
+    model_, layout, phase = with_formats(model(BIG), "fp8", None), Layout(tp=8, cp=16), Prefill(1e6)
+    by_peak, theirs, sold = (
+        estimate(model_, replace(full, gpu=board), layout, phase, calibration=Calibration.load(board)) for board in boards
+    )  # fmt: skip
+    for found in (by_peak, theirs):
         assert found.lower < 77
-        assert found.flops / found.lower > 0.9 * min(part.gpu.peak_flops_per_s("bf16"), 989e12)
         assert found.seconds.low < 77 < found.seconds.high
         assert exposed(found) < 0.05 * found.seconds.value
-        assert float(found.footprint.total) < float(part.gpu.usable_bytes)
+        assert float(found.footprint.total) < float(full.gpu.usable_bytes)
+    assert by_peak.flops / by_peak.lower > 0.9 * 800e12
+    assert sold.seconds.value < 77
 
 
 def run(*words: str) -> Any:
