@@ -169,6 +169,8 @@ def _layouts(answer: Answer, document: dict[str, Any]) -> None:
     st.subheader("Layouts", anchor=False)
     if plan.tie and plan.runner_up:
         st.caption(state.plain(f"{plan.runner_up.layout} is a tie: the difference is inside the interval; fewer kinds of parallelism are preferred."))
+    if plan.prefill_context:
+        st.caption(state.plain(plan.prefill_context))
     names = {
         "layout": "layout", "fits": "fits", "max_concurrency": "max concurrency", "max_context_tokens": "longest context", "ttft_s": "TTFT", "tpot_s": "TPOT",
         "request_s": "mean request", "reason": "why not",

@@ -17,10 +17,11 @@ from simulator.question import Question
 from simulator.units import parse_tokens, show_tokens
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-14B-Instruct-1M"
-DEGREES = ("tp", "pp", "dp", "ep", "dcp", "dp_attention")
+DEGREES = ("tp", "pp", "dp", "ep", "dcp", "dp_attention", "cp")
 _HELP = {
     "tp": "Tensor-parallel degree", "pp": "Pipeline-parallel degree", "dp": "Independent replicas", "ep": "Expert-parallel degree (tp x dp-attention)",
     "dcp": "Decode-context-parallel degree", "dp_attention": "Attention-data-parallel degree",
+    "cp": "Context-parallel degree of prefill",
 }  # fmt: skip
 _NOTES = "_link_notes"
 

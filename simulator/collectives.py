@@ -4,6 +4,9 @@ under NCCL's protocols LL, LL128 and Simple.
 Legend: n ranks of the group, l of them on each node, m = n / l nodes, S payload (nccl-tests), w wire bytes of a rank.
 A `Lane` is one algorithm under one protocol: t = latency + w x scale / rate.  NCCL takes the fastest for the size, and so
 does `carry`.  Everything is closed form, for numbers and arrays alike.
+Neglected: what keeps in-switch reductions of a whole rack from the rate of a node.  A port carries S (1 + 1 / n), which promises 72 GPUs
+a ninth more bus bandwidth per byte than 8; both attain about 840 GB/s (coreweave/nccl-tests PR 43), so a rack is predicted 11 to 16 %
+too fast from 2 GiB on.  Nobody else's rack is among the rows a fit may read.
 Source: NVIDIA/nccl@5067397c src/graph/tuning.cc (ncclTopoTuneModel); FORMULAS 5.1, 5.3.
 """
 

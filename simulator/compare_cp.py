@@ -17,7 +17,7 @@ from simulator.layers import Attention
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.parallel.context import tokens_to_hide_kv
-from simulator.phases import Prefill, System
+from simulator.phases import Prefill, System, TrainStep
 from simulator.timeline import Span, timeline
 from simulator.timing import Clock
 from simulator.units import gib
@@ -134,6 +134,7 @@ def ring_timeline(contender: Contender, unroll: int = 2) -> list[Span]:
     answer = contender.estimate
     assert answer is not None
     clock = Clock(answer.cluster, answer.calibration)
+    assert not isinstance(answer.phase, TrainStep)
     work = System(answer.model, answer.layout).work(answer.phase)
     return [
         span

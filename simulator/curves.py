@@ -47,7 +47,7 @@ def over_context(plan: Plan, price_usd_per_gpu_hour: float | None) -> Curve:
         sweep(plan.model, machine, layout, phase, calibration=calibration, engine=engine, with_footprint=False).seconds for phase in asked
     )
     ttft, tpot = (np.asarray(t, dtype=np.float64) for t in (ttft, tpot))
-    replica = float(layout.tp * layout.pp)
+    replica = float(layout.replica_gpus)
     gpus = replica * float(layout.dp * layout.dp_attention)
     per_second = None if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour / 3600 * 1e6
     return Curve(

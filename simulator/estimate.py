@@ -23,13 +23,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from simulator import train_step
 from simulator.calibration import Calibration, Family
 from simulator.dtypes import CacheFormat
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
-from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System
+from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System, TrainStep
 from simulator.replay import Often
 from simulator.timing import Clock, bounded, calibrated, clock_of, once
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
@@ -111,7 +112,7 @@ class Estimate:
     model: ModelSpec
     layout: Layout
     cluster: Cluster
-    phase: Phase
+    phase: Phase | TrainStep
     lower: float
     seconds: Interval
     upper: float
@@ -155,7 +156,7 @@ def estimate(
     model: ModelSpec,
     cluster: Cluster,
     layout: Layout,
-    phase: Phase,
+    phase: Phase | TrainStep,
     *,
     engine: Engine | None = None,
     calibration: Calibration | None = None,
@@ -167,7 +168,12 @@ def estimate(
     check(model, cluster, layout)
     calibration = calibration or Calibration.load(cluster.gpu)
     system = System(model, layout, cache)
-    work = system.work(phase, host=engine.host(phase) if engine else None)
+    if isinstance(phase, TrainStep):
+        for refusal in train_step.refusals(system, phase):
+            raise ValueError(refusal)
+        work = train_step.work(system, phase)
+    else:
+        work = system.work(phase, host=engine.host(phase) if engine else None)
     clock, amounts = clock_of(cluster, calibration), ("flops", "model_flops", "hbm_bytes", "wire_bytes")
     expected, bound = once(clock.expected), bounded(clock, once(clock.demand))
     lower, value, upper, passes, (_, peak), *totals = fold(
@@ -177,11 +183,16 @@ def estimate(
             PeakBytes(keeps_saved=False), *(quantity(name) for name in amounts),
         ),
     )  # fmt: skip
+    numbers = {name: total(amount) for name, amount in zip(amounts, totals, strict=True)}
+    if isinstance(phase, TrainStep):
+        # what is computed twice is useful once
+        once_only = train_step.work(system, replace(phase, recompute="none"))
+        numbers["model_flops"] = total(fold(once_only, quantity("model_flops")))
     return Estimate(
         model=model, layout=layout, cluster=cluster, phase=phase, lower=float(lower),
         seconds=interval(by_kernel(passes, expected), calibration, float(value), float(lower)), upper=float(upper),
-        footprint=_held(system, phase, peak), rows=_merged(rows(passes, expected)), calibration=calibration, work=work,
-        **{name: total(amount) for name, amount in zip(amounts, totals, strict=True)},
+        footprint=train_step.footprint(system, phase) if isinstance(phase, TrainStep) else _held(system, phase, peak),
+        rows=_merged(rows(passes, expected)), calibration=calibration, work=work, **numbers,
     )  # fmt: skip
 
 

@@ -60,6 +60,23 @@ Phase = Prefill | Decode | Mixed
 _FEW = 32
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainStep:
+    """One optimizer step over `batch` sequences of `context` tokens; a microbatch is one sequence of every replica.
+
+    `recompute`: "none" keeps every activation, "full" a block's input.  `zero`: the stage of shared states.  `schedule` of the
+    pipeline, with `chunks` model chunks of a stage if it is interleaved.  `train_step` makes the tree.
+    """
+
+    context: Num
+    batch: Num = 1.0
+    recompute: str = "none"
+    zero: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    optimizer: str = "adamw"
+
+
 class System:
     """A model on a layout: shards every kind of layer once per step and composes stages.
 

@@ -6,12 +6,14 @@ Layouts are compared by the time the mean request takes when `concurrency` of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from simulator import reach
+from simulator import prefill_context, reach
+from simulator.cache_moves import Moves, moves
 from simulator.calibration import Calibration
 from simulator.engines.vllm import Capacity, Vllm
 from simulator.hardware import Cluster, cluster
@@ -63,6 +65,8 @@ class Plan:
     smallest_gpus: int | None
     service: Service | None
     warnings: list[str] = field(default_factory=list)
+    prefill_context: str | None = None
+    moves: Moves | None = None
 
     @property
     def fits(self) -> bool:
@@ -85,8 +89,10 @@ class Plan:
         return float(self.runner_up.speed.latency_s) < float(self.best.speed.latency_s) * times.high / times.value
 
 
-def layouts(model: ModelSpec, gpus: int) -> Iterator[Layout]:
-    """Every layout of exactly `gpus` GPUs worth asking about."""
+def layouts(model: ModelSpec, gpus: int, engine: Vllm | None = None) -> Iterator[Layout]:
+    """Every layout of exactly `gpus` GPUs worth asking about; with an `engine`, those that split prompts as it does."""
+    if engine is not None and engine.splits_prompts(model):
+        yield from _split_prompts(model, gpus, engine)
     experts = any(isinstance(layer, MoE) for layer in model.layers)
     shared = min((_cache_heads(model)), default=1)
     for tp in _divisors(gpus):
@@ -97,6 +103,16 @@ def layouts(model: ModelSpec, gpus: int) -> Iterator[Layout]:
                     continue
                 for dcp in _divisors(max(1, tp // shared)):
                     yield from _expert_choices(Layout(tp, pp, dp, 1, dcp, rest), experts)
+
+
+def _split_prompts(model: ModelSpec, gpus: int, engine: Vllm) -> Iterator[Layout]:
+    """Layouts with context parallelism of prefill: experts over all ranks that share a prompt."""
+    experts = any(isinstance(layer, MoE) for layer in model.layers)
+    for cp in _divisors(gpus)[1:]:
+        for tp in _divisors(gpus // cp):
+            for pp in _divisors(gpus // cp // tp):
+                dp = gpus // cp // tp // pp
+                yield engine.arranged(Layout(tp=tp, pp=pp, dp=dp, cp=cp, ep=tp * cp if experts else 1))
 
 
 def _expert_choices(layout: Layout, experts: bool) -> Iterator[Layout]:
@@ -127,13 +143,31 @@ def refusals(model: ModelSpec, layout: Layout, engine: Vllm, gpus_per_node: int 
 def stack(chosen: list[Layout]) -> Layout:
     """Many layouts as one whose degrees are arrays."""
     columns = {name: [float(getattr(layout, name)) for layout in chosen] for name in DEGREES}
-    return Layout(**{name: np.array(column) for name, column in columns.items() if name == "tp" or max(column) > 1})  # type: ignore[arg-type]
+    arrays = {name: np.array(column) for name, column in columns.items() if name == "tp" or max(column) > 1}
+    return replace(chosen[0], **{**dict.fromkeys(DEGREES, 1), **arrays})  # type: ignore[arg-type]
+
+
+def _apart(chosen: Sequence[Layout]) -> list[list[int]]:
+    """Which of them are evaluated together: ranks that share prompts do other things than those that do not."""
+    found: dict[bool, list[int]] = {}
+    for place, layout in enumerate(chosen):
+        found.setdefault(bool(layout.cp * layout.ulysses > 1), []).append(place)
+    return list(found.values())
 
 
 def hold(model: ModelSpec, chosen: list[Layout], machine: Cluster, request: Request, engine: Vllm) -> list[Candidate]:
     """What each layout holds of the request."""
-    if not chosen:
-        return []
+    places = _apart(chosen)
+    if len(places) == 1:
+        return _held(model, chosen, machine, request, engine)
+    found: dict[int, Candidate] = {}
+    for some in places:
+        found |= dict(zip(some, _held(model, [chosen[i] for i in some], machine, request, engine), strict=True))
+    return [found[i] for i in range(len(chosen))]
+
+
+def _held(model: ModelSpec, chosen: list[Layout], machine: Cluster, request: Request, engine: Vllm) -> list[Candidate]:
+    """The same, of layouts that are evaluated together."""
     together = stack(chosen)
     capacity = engine.capacity(model, together, machine, request.context)
     longest = engine.longest(model, together, machine, capacity, request.concurrency)
@@ -154,10 +188,13 @@ def timed(
     """
     if not candidates:
         return []
-    times = speed(model, stack([c.layout for c in candidates]), machine, request, engine=engine, calibration=calibration)
-    parts = [np.broadcast_to(t, (len(candidates),)) for t in (times.ttft_s, times.tpot_s, times.latency_s)]
-    found = [replace(c, speed=Speed(*(float(p[i]) for p in parts))) for i, c in enumerate(candidates)]
-    least = float(parts[2].min())
+    found = []
+    for places in _apart([c.layout for c in candidates]):
+        some = [candidates[i] for i in places]
+        times = speed(model, stack([c.layout for c in some]), machine, request, engine=engine, calibration=calibration)
+        parts = [np.broadcast_to(t, (len(some),)) for t in (times.ttft_s, times.tpot_s, times.latency_s)]
+        found += [replace(c, speed=Speed(*(float(p[i]) for p in parts))) for i, c in enumerate(some)]
+    least = min(float(c.speed.latency_s) for c in found if c.speed is not None)
 
     def rank(c: Candidate) -> tuple[bool, float, float]:
         assert c.speed is not None
@@ -170,10 +207,10 @@ def timed(
 
 def size(
     model: ModelSpec, machine: Cluster, request: Request, *, engine: Vllm | None = None,
-    calibration: Calibration | None = None, fixed: dict[str, int] | None = None,
+    calibration: Calibration | None = None, fixed: dict[str, Any] | None = None,
     price_usd_per_gpu_hour: float | None = None,
 ) -> Plan:  # fmt: skip
-    """Does it fit, how, how fast, and at what price.  `fixed` holds the degrees the user insists on.
+    """Does it fit, how, how fast, and at what price.  `fixed` holds the degrees, and ways to share tokens, the user insists on.
 
     Errors: ValueError where the degrees break a rule or make no layout of the cluster's GPUs.
     """
@@ -187,11 +224,18 @@ def size(
             model, best.layout, machine, request, engine=engine, calibration=calibration,
             price_usd_per_gpu_hour=machine.price_usd_per_gpu_hour if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour,
         )  # fmt: skip
+    moved = None
+    if service is not None:
+        moved = moves(
+            model, best.layout, machine, prompt=request.prompt, cached=service.cached_tokens, prefill_s=service.cold.seconds.value, engine=engine,
+            calibration=calibration,
+        )  # fmt: skip
     rules = [told.split(":", 1)[0].split(" ")[0] for _, told in refused]
     return Plan(
         model, machine, request, engine, best, second, candidates, {rule: rules.count(rule) for rule in dict.fromkeys(rules)},
         max(candidates, key=lambda c: c.longest), smallest(model, machine, request, engine), service,
         [*warnings(model, request, machine), *engine.warnings(model)],
+        prefill_context.told(model, machine, request, engine, calibration, [(c.layout, c.speed) for c in candidates]), moved,
     )  # fmt: skip
 
 
@@ -214,7 +258,7 @@ class Option:
 
 def plan(
     model: ModelSpec, machine: Cluster, request: Request, *, engine: Vllm | None = None,
-    calibration: Calibration | None = None, fixed: dict[str, int] | None = None,
+    calibration: Calibration | None = None, fixed: dict[str, Any] | None = None,
     price_usd_per_gpu_hour: float | None = None, detailed: int = 8,
 ) -> list[Option]:  # fmt: skip
     """Every layout of the machine that was considered for `request`, best first: those that hold it by the time of the mean
@@ -246,7 +290,7 @@ def _ranked(
 
 
 def _allowed(
-    model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, int]
+    model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, Any]
 ) -> tuple[list[Layout], list[tuple[Layout, str]]]:
     """Layouts of the grid that obey every rule; the others with the first one they break.  All degrees given: that layout
     alone.
@@ -254,13 +298,18 @@ def _allowed(
     allowed: list[Layout] = []
     refused: list[tuple[Layout, str]] = []
     chosen = [
-        layout for layout in layouts(model, machine.gpus)
+        layout for layout in layouts(model, machine.gpus, engine)
         if all(getattr(layout, name) == degree for name, degree in fixed.items())
     ]  # fmt: skip
     if not chosen:
-        for refusal in refusals(model, Layout(**fixed), engine, machine.gpus_per_node):  # type: ignore[arg-type]
+        wanted = Layout(**fixed)
+        if wanted.cp > 1:
+            wanted = replace(engine.arranged(wanted), **{name: fixed[name] for name in ("order", "passing") if name in fixed})
+            if "ep" not in fixed and any(isinstance(layer, MoE) for layer in model.layers):
+                wanted = replace(wanted, ep=wanted.tp * wanted.cp)
+        for refusal in refusals(model, wanted, engine, machine.gpus_per_node):
             raise ValueError(refusal)
-        chosen = [_completed(machine, fixed)]
+        chosen = [_completed(machine, wanted, replicated="dp" in fixed)]
     for layout in chosen:
         found = refusals(model, layout, engine, machine.gpus_per_node)
         if found:
@@ -272,14 +321,15 @@ def _allowed(
     return allowed, refused
 
 
-def _completed(machine: Cluster, fixed: dict[str, int]) -> Layout:
-    """The layout the user asked for, replicas filling the rest; ValueError where the degrees do not fill the cluster."""
-    layout = Layout(**fixed)  # type: ignore[arg-type]
-    if "dp" not in fixed and machine.gpus % int(layout.gpus) == 0:
+def _completed(machine: Cluster, layout: Layout, *, replicated: bool) -> Layout:
+    """The layout the user asked for, replicas filling the rest unless their number was given; ValueError where the degrees do
+    not fill the cluster.
+    """
+    if not replicated and machine.gpus % int(layout.gpus) == 0:
         layout = replace(layout, dp=machine.gpus // int(layout.gpus))
     if layout.gpus != machine.gpus:
         message = (
-            f"layout {layout} takes {int(layout.gpus)} GPUs (tp x pp x dp-attention x dp) and --gpus is {machine.gpus}; "
+            f"layout {layout} takes {int(layout.gpus)} GPUs (tp x cp x pp x dp-attention x dp) and --gpus is {machine.gpus}; "
             f"make the product equal"
         )
         raise ValueError(message)
@@ -292,12 +342,14 @@ def reason(candidate: Candidate, model: ModelSpec, machine: Cluster, request: Re
     if capacity.available_bytes <= 0:
         return f"weights and activations alone are {gib(-float(capacity.available_bytes))} per GPU too much"
     told = [f"short by {gib(candidate.short_bytes)} per GPU"]
-    ranks = float(layout.tp * layout.pp)
+    ranks = float(layout.replica_gpus)
     copies = float(capacity.per_sequence_bytes) * ranks / max(float(model.cache_bytes(float(request.context))), 1.0)
     latent = any(isinstance(layer, LatentAttention) for layer in model.layers)
     kept = round(float(layout.tp) / float(layout.dcp) / (1 if latent else min(_cache_heads(model), default=1)))
     if kept > 1 and copies > 1.5:  # noqa: PLR2004
         told.append(f"{kept} ranks keep copies of the same cache (--dcp removes them)")
+    if layout.cp > 1:
+        told.append(f"each of its {int(layout.cp)} ranks of context parallelism keeps the whole cache")
     fraction = (float(capacity.usable_bytes) + candidate.short_bytes) / float(machine.gpu.usable_bytes)
     if fraction <= _MOST_FRACTION:
         told.append(f"fits with --memory-fraction {np.ceil(fraction * 200) / 200:g}")
@@ -316,6 +368,7 @@ def smallest(model: ModelSpec, machine: Cluster, request: Request, engine: Vllm)
         tried = cluster(machine.gpu, count)
         if weights > count * float(machine.gpu.usable_bytes):
             continue
+        # ranks that share a prompt each keep the whole cache: they hold nothing that attention-data parallelism does not
         allowed = [layout for layout in layouts(model, count) if not refusals(model, layout, engine, machine.gpus_per_node)]
         if any(c.fits for c in hold(model, allowed, tried, request, engine)):
             return count

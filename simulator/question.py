@@ -14,12 +14,14 @@ from simulator.planner import Plan
 from simulator.serving import Request
 
 #: Degrees that multiply into a number of GPUs.
-_MULTIPLIES = ("tp", "pp", "dp", "dp_attention")
+_MULTIPLIES = ("tp", "pp", "dp", "dp_attention", "cp", "ulysses")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a user asks, as written: None is the default.  `degrees` holds (name, degree) of those insisted on."""
+    """What a user asks, as written: None is the default.  `degrees` holds (name, degree) of those insisted on, `ways` (name, word)
+    how context parallelism should do it.
+    """
 
     model: str
     gpu: str = "h200"
@@ -35,6 +37,7 @@ class Question:
     memory_fraction: float | None = None
     chunk: int | None = None
     price_usd_per_gpu_hour: float | None = None
+    ways: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +57,10 @@ class Answer:
 def ask(question: Question) -> Answer:
     """Does it fit, how, how fast, how dear.  Errors: ValueError with value, rule and remedy."""
     context, degrees, price = question.context, dict(question.degrees), question.price_usd_per_gpu_hour
+    if question.ways and degrees.get("cp", 1) == 1:
+        name, word = question.ways[0]
+        message = f"--cp-{name} {word}: it says how ranks of --cp share tokens; give --cp too, or leave it out"
+        raise ValueError(message)
     product = 1
     for name in _MULTIPLIES:
         product *= degrees.get(name, 1)
@@ -65,11 +72,12 @@ def ask(question: Question) -> Answer:
         message = f"--output {written}: it is part of --context {context}; use a smaller number"
         raise ValueError(message)
     request = Request(context, question.concurrency, written, question.prefix_hit)
-    found = planner.size(spec, machine, request, engine=engine, fixed=degrees, price_usd_per_gpu_hour=price)
+    found = planner.size(spec, machine, request, engine=engine, fixed={**degrees, **dict(question.ways)}, price_usd_per_gpu_hour=price)
     known = listed(machine.gpu)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": question.concurrency,
         "output": written, "prefix_hit": question.prefix_hit, **degrees,
+        **{f"cp_{name}": word for name, word in question.ways},
         "weights": question.weights or (spec.quantization if spec.quantization != "none" else spec.embedding.weight.name), "cache": spec.cache.name,
         "block_size": engine.block_tokens(spec, machine.gpu), "memory_fraction": engine.fraction, "chunk": engine.step_tokens(machine.gpu),
         "max_num_seqs": engine.sequences(machine.gpu), "engine": f"vllm {engine.version}",

@@ -27,6 +27,7 @@ from simulator.layers import (
 )  # fmt: skip
 from simulator.layers.layer import Keep, Mixer
 from simulator.model import ModelSpec
+from simulator.phases import TrainStep
 from simulator.planner import UNLIMITED_TOKENS, Candidate, Plan, reason
 from simulator.timing import Clock, seconds_bound, seconds_expected, seconds_no_overlap
 from simulator.units import BYTES, FLOPS, SECONDS, gib, show_tokens, significant
@@ -181,14 +182,18 @@ def size_document(plan: Plan, inputs: dict[str, Any], engines: dict[str, Any]) -
         "alternatives": [_candidate_document(plan, c) for c in plan.candidates],
         "tie": plan.tie,
         "refused_layouts": plan.refused,
+        "prefill_context": plan.prefill_context,
+        "cache_moves": plan.moves.document() if plan.moves else None,
         "launch": {"vllm": command, "notes": notes},
         "calibration": (plan.service.cold.calibration if plan.service else Calibration.load(plan.cluster.gpu)).description,
     }  # fmt: skip
 
 
 def _layout_document(layout: Any) -> dict[str, Any]:
-    names = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp", "data_parallel_size": "dp",
-             "expert_parallel_size": "ep", "decode_context_parallel_size": "dcp", "attention_data_parallel_size": "dp_attention"}  # fmt: skip
+    names = {
+        "tensor_parallel_size": "tp", "prefill_context_parallel_size": "cp", "pipeline_parallel_size": "pp", "data_parallel_size": "dp",
+        "expert_parallel_size": "ep", "decode_context_parallel_size": "dcp", "attention_data_parallel_size": "dp_attention",
+    }  # fmt: skip
     return {"name": str(layout), **{long: int(getattr(layout, short)) for long, short in names.items()}}
 
 
@@ -277,7 +282,7 @@ def _print_cache(plan: Plan, console: Console) -> None:
     model, context = plan.model, float(plan.request.context)
     slope, total = float(model.cache_slope(context)), float(model.cache_bytes(context))
     capacity = plan.best.capacity
-    ranks = float(plan.best.layout.tp * plan.best.layout.pp)
+    ranks = float(plan.best.layout.replica_gpus)
     allocated = float(capacity.per_sequence_bytes) * ranks
     fixed = total - slope * context
     rows = [
@@ -323,6 +328,8 @@ def _print_service(plan: Plan, inputs: dict[str, Any], console: Console) -> None
         f"no time is below its bound: cold prefill {SECONDS.show(service.cold.lower, 2)}, decode step {SECONDS.show(service.decode.lower, 2)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    for line in plan.moves.lines() if plan.moves else ():
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     if inputs["price_usd_per_gpu_hour"] is not None:
         console.print(f"  at ${inputs['price_usd_per_gpu_hour']:.2f} per GPU-hour ({inputs['price_source']})", highlight=False, soft_wrap=True)
     console.print(f"  calibration: {service.cold.calibration.description}", highlight=False, soft_wrap=True)
@@ -351,6 +358,8 @@ def _print_choice(plan: Plan, console: Console) -> None:
             )  # fmt: skip
         else:
             console.print(f"  {plan.runner_up.layout} lost: {gap:.0%} more time for the mean request", highlight=False, soft_wrap=True)
+    if plan.prefill_context:
+        console.print(f"  {plan.prefill_context}", highlight=False, soft_wrap=True)
     if plan.fits:
         _print_lost(plan, console)
     if plan.refused:
@@ -480,11 +489,14 @@ def estimate_document(estimate: Estimate, inputs: dict[str, Any], warnings: Sequ
     """The keys of `estimate`."""
     clock = Clock(estimate.cluster, estimate.calibration)
     held = estimate.footprint
+    trains = isinstance(estimate.phase, TrainStep)
     return {
-        **_head(inputs, warnings), "seconds": _seconds(estimate), "flops": estimate.flops, "model_flops": estimate.model_flops,
+        **_head(inputs, warnings), **({"training": training(estimate)} if trains else {}), "seconds": _seconds(estimate),
+        "flops": estimate.flops, "model_flops": estimate.model_flops,
         "hbm_bytes": estimate.hbm_bytes, "wire_bytes": estimate.wire_bytes,
         "memory_bytes_per_gpu": {
             "weights": float(held.weights), "cache": float(held.cache), "activations": float(held.activations), "total": float(held.total),
+            **({"gradients": float(held.gradients), "optimizer": float(held.optimizer)} if trains else {}),
         },
         "rows": [
             {
@@ -497,6 +509,20 @@ def estimate_document(estimate: Estimate, inputs: dict[str, Any], warnings: Sequ
             for row in estimate.rows
         ],
         "calibration": estimate.calibration.description,
+    }  # fmt: skip
+
+
+def training(estimate: Estimate) -> dict[str, Any]:
+    """Rates of a training step: tokens, and useful FLOPs against the tensor peak of bf16 (MFU: nothing is counted twice, causal pairs
+    once).
+    """
+    phase, gpus = estimate.phase, float(estimate.layout.gpus)
+    assert isinstance(phase, TrainStep)
+    step_tokens = float(phase.batch * phase.context)
+    useful = estimate.model_flops / float(estimate.cluster.gpu.peak_flops_per_s("bf16"))
+    return {
+        "tokens": step_tokens, "microbatches": float(phase.batch) / float(estimate.layout.dp),
+        "tokens_per_s_per_gpu": estimate.seconds.inverse(step_tokens / gpus).document(), "mfu": estimate.seconds.inverse(useful).document(),
     }  # fmt: skip
 
 
@@ -513,6 +539,15 @@ def print_estimate(document: dict[str, Any], estimate: Estimate, console: Consol
         f"{BYTES.show(estimate.wire_bytes)} sent; holds {gib(float(estimate.footprint.total))}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if isinstance(estimate.phase, TrainStep):
+        rates, held = document["training"], estimate.footprint
+        parts = ", ".join(f"{name} {gib(float(getattr(held, name)))}" for name in ("weights", "gradients", "optimizer", "activations"))
+        batches = f"{rates['microbatches']:,.0f} microbatch" + ("es" if rates["microbatches"] > 1 else "")
+        console.print(
+            f"a step of {rates['tokens']:,.0f} tokens in {batches}: {significant(rates['tokens_per_s_per_gpu']['value'], 2)} tokens/s/GPU, "
+            f"MFU {rates['mfu']['value']:.0%}; per GPU {parts}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     for warning in document["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     console.print()

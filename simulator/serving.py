@@ -112,7 +112,7 @@ def serve(
 
     cold, hit, decode = ask(_prefill(request, engine, cluster, 0)), ask(_prefill(request, engine, cluster, cached)), ask(_decode(request))
     fresh = ask(Prefill(float(request.prompt - cached), 1.0, 0.0, float(engine.step_tokens(cluster.gpu))))
-    replica = float(layout.tp * layout.pp)
+    replica = float(layout.replica_gpus)
     shares = float(layout.dp * layout.dp_attention)
     gpus = replica * shares
     # a prefill occupies its replica, a decode step all of them

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def engines(model: ModelSpec, layout: Layout, machine: Cluster, context: int, chosen: Sequence[Engine] = ()) -> dict[str, Any]:
     """Every engine's answer, `chosen` ones with their settings: what it holds, or in one line why it does not."""
     given = {engine.name: engine for engine in chosen}
-    ranks = float(layout.tp * layout.pp)
+    ranks = float(layout.replica_gpus)
     found: dict[str, Any] = {}
     for name, kind in REGISTRY.items():
         engine: Engine = given.get(name) or kind()

@@ -76,10 +76,10 @@ SIZE = HEAD | {
     "fits", "verdict", "binding_constraint", "layout", "memory_bytes_per_gpu", "cache", "max_context_tokens", "max_context_layout", "max_concurrency",
     "whole_sequences", "smallest_gpus", "ttft_s", "ttft_cached_s", "tpot_s", "tokens_per_s_per_gpu", "input_tokens_per_s_per_gpu",
     "cost_usd_per_million_tokens", "cost_usd_per_request", "energy_j_per_token", "energy_j_per_input_token", "alternatives", "tie",
-    "refused_layouts", "launch", "calibration",
+    "refused_layouts", "prefill_context", "cache_moves", "launch", "calibration",
 }  # fmt: skip
 LAYOUT = {
-    "name", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "expert_parallel_size", "decode_context_parallel_size",
+    "name", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "expert_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size",
     "attention_data_parallel_size",
 }  # fmt: skip
 MEMORY = {"weights", "cache", "activations", "workspace", "engine", "total", "usable"}
@@ -225,6 +225,17 @@ def test_an_answer_names_its_inputs_in_full(say: Say) -> None:
     assert found["inputs"] | {"context": 1_000_000, "output": 2048, "tp": 8, "price_usd_per_gpu_hour": 2.5, "price_source": "given", "gpu": "h200_sxm"} == found["inputs"]
 
 
+def test_a_ring_is_estimated_as_asked(say: Say) -> None:
+    found = say("estimate", LLAMA, "--tp", 8, "--cp", 4, "--cp-passing", "q", "--cp-order", "striped", "--context", "128K", "--json").document
+    assert found["inputs"] | {"layout": "TP8 x CP4", "gpus": 32, "passing": "q", "order": "striped"} == found["inputs"]
+    names = {row["name"] for row in found["rows"]}
+    assert {"ring queries", "return outputs"} <= names
+    exchanged = say("estimate", LLAMA, "--tp", 8, "--ulysses", 4, "--context", "128K", "--json").document
+    assert {"tokens to heads", "heads to tokens"} <= {row["name"] for row in exchanged["rows"]}
+    helix = say("estimate", LLAMA, "--tp", 8, "--helix", 4, "--phase", "decode", "--context", "128K", "--json").document
+    assert "hand over outputs" in {row["name"] for row in helix["rows"]}
+
+
 # ---- exit codes
 
 
@@ -289,6 +300,18 @@ BAD: list[tuple[list[object], list[str]]] = [
     (["size", "Llama"], ["several match"]),
     (["size", LLAMA, "--tp", 6, "--gpus", 6], ["--tp 6", "64 attention heads", "1, 2, 4, 8, 16, 32, 64"]),
     (["estimate", LLAMA, "--tp", 6], ["--tp 6", "64 attention heads"]),
+    (["size", LLAMA, "--cp", 4], ["--cp 4", "multi-head latent attention", "compare-cp"]),
+    (["size", "DeepSeek-V3", "--gpus", 16, "--cp", 4, "--tp", 4, "--cp-passing", "kv"], ["--cp-passing kv", "gather"]),
+    (["size", "DeepSeek-V3", "--gpus", 16, "--cp-passing", "gather"], ["--cp-passing gather", "give --cp too"]),
+    (["size", "DeepSeek-V3", "--gpus", 16, "--tp", 4, "--ulysses", 4], ["--ulysses 4", "vLLM", "--tp"]),
+    (["size", LLAMA, "--tp", 8, "--helix", 4], ["--helix 4", "vLLM", "--dcp"]),
+    (["estimate", LLAMA, "--phase", "train", "--prefix", "4K"], ["--prefix 4096", "leave it out"]),
+    (["estimate", LLAMA, "--zero", 3], ["--zero 3", "--phase train"]),
+    (["estimate", LLAMA, "--phase", "train", "--dp", 4, "--batch", 6], ["--batch 6", "--dp 4"]),
+    (["explain", LLAMA, "--phase", "train"], ["--phase train", "estimate"]),
+    (["estimate", LLAMA, "--cp", 4, "--cp-passing", "round"], ["--cp-passing", "round"]),
+    (["estimate", LLAMA, "--cp", 4, "--cp-holds", "whole"], ["--cp-passing kv", "--cp-holds share"]),
+    (["estimate", LLAMA, "--tp", 8, "--ulysses", 16], ["--ulysses 16", "8 attention heads", "1, 2, 4, 8"]),
     (["kv", LLAMA, "--tp", 6], ["--tp 6", "64 attention heads"]),
     (["size", LLAMA, "--tp", -1], ["--tp", "-1"]),
     (["size", LLAMA, "--tp", 0], ["--tp", "0"]),
@@ -326,7 +349,7 @@ BAD: list[tuple[list[object], list[str]]] = [
     (["size", LLAMA, "--memory-fraction", "nan"], ["--memory-fraction", "nan"]),
     (["size", LLAMA, "--block-size", 0], ["--block-size", "0"]),
     (["estimate", LLAMA, "--prefix", 200_000, "--context", "128K"], ["--prefix 200000", "smaller than --context 131072"]),
-    (["estimate", LLAMA, "--phase", "train"], ["train", "prefill", "decode"]),
+    (["estimate", LLAMA, "--phase", "training"], ["training", "prefill", "decode"]),
     (["estimate", LLAMA, "--engine", "sglang"], ["sglang", "vllm"]),
     (["estimate", LLAMA, "--chunk", 0], ["--chunk", "0"]),
     (["estimate", LLAMA, "--batch", 0], ["--batch", "0"]),

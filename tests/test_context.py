@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simulator.calibration import Calibration
 from simulator.dtypes import CACHE_FORMATS
 from simulator.kernels.attention import Bidirectional, Block, Causal, Chunked, Segment, Window
 from simulator.layers import Attention, Direction, LatentAttention
@@ -26,8 +27,9 @@ from simulator.parallel.context import (
     tokens_to_hide_q,
 )
 from simulator.phases import Decode, Prefill, System
+from simulator.timing import Clock
 from simulator.work import Message, Op, fold, quantity
-from tests.support import EVERY, MAIN, allows, leaves, model
+from tests.support import EVERY, MAIN, allows, leaves, machine, model
 
 CACHE = CACHE_FORMATS["bf16"]
 LLAMA, BIG, V3 = "meta-llama/Meta-Llama-3.1-70B", "meta-llama/Meta-Llama-3.1-405B", "deepseek-ai/DeepSeek-V3"
@@ -218,6 +220,23 @@ def test_thresholds_are_those_of_the_papers() -> None:
     assert passes_kv(12_500, 87_500, kv_heads=8, heads=128)
     assert not passes_kv(12_499, 87_501, kv_heads=8, heads=128)
     assert passes_kv(1, 10**6, kv_heads=8, heads=128, hidden_from=1)
+
+
+@pytest.mark.parametrize(("gpu", "kv_heads"), [("a100_sxm_80", 32), ("h100", 8), ("h200", 1)])
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+def test_a_send_hides_behind_a_block_from_the_threshold_on(gpu: str, kv_heads: int, order: str) -> None:
+    """The papers' threshold is where a ring's own tree turns at peak rates, products alone: below it the send is the longer."""
+    here, ranks, layer = machine(gpu, 8), 8, Attention(4096, 32, kv_heads, 128)
+    clock = Clock(here, Calibration.none())
+    least = block_tokens_to_hide(
+        flops_per_s=here.gpu.peak_flops_per_s("bf16"), bytes_per_s=here.tiers[0].bytes_per_s, kv_heads=kv_heads, heads=32, element_bytes=2.0,
+        share=0.5 if order == "zigzag" else 1.0,
+    )  # fmt: skip
+    for factor, hidden in ((0.98, False), (1.02, True)):
+        work = layer_work(LLAMA, layer, Layout(cp=ranks, order=order), Segment(1.0, float(least) * factor * ranks, 0.0))
+        sends = {op.name: clock.bound(op) for _, op in leaves(work) if isinstance(op, Message) and op.name == "ring keys and values"}
+        steps = [clock.demand(op)["tensor"] for _, op in leaves(work) if isinstance(op, Op) and op.kernel == "attention"]
+        assert (steps[1] >= sends["ring keys and values"]) is hidden
 
 
 @pytest.mark.parametrize("name", [BIG, LLAMA])

@@ -28,7 +28,7 @@ def sized(name: str, gpus: int, request: Request, **given: object) -> Plan:
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("gpus", [1, 2, 8, 12, 16])
 def test_every_layout_of_the_grid_uses_the_gpus_and_none_comes_twice(name: str, gpus: int) -> None:
-    found = list(layouts(model(name), gpus))
+    found = list(layouts(model(name), gpus, Vllm()))
     assert found
     assert all(layout.gpus == gpus for layout in found)
     assert len({tuple(getattr(x, d) for d in DEGREES) for x in found}) == len(found)
@@ -113,7 +113,7 @@ def test_degrees_that_make_no_layout_are_refused(fixed: dict[str, int], words: s
 
 def test_what_is_left_out_is_counted_by_its_rule() -> None:
     found = sized(V3, 16, Request(131_072))
-    assert sum(found.refused.values()) + len(found.candidates) == len(list(layouts(model(V3), 16)))
+    assert sum(found.refused.values()) + len(found.candidates) == len(list(layouts(model(V3), 16, Vllm())))
     assert all(rule.startswith("--") for rule in found.refused)
 
 
@@ -165,7 +165,7 @@ def test_prices_are_gpu_hours_over_tokens(name: str, layout: Layout) -> None:
 @pytest.mark.parametrize(("gpus", "request_"), [(8, Request(131_072)), (16, Request(1_048_576, 2)), (16, Request(200_000, 400))], ids=str)
 def test_a_plan_has_every_layout_of_the_grid_with_its_verdict_and_begins_with_what_size_chooses(name: str, gpus: int, request_: Request) -> None:
     options, chosen = plan(model(name), machine("h200", gpus), request_, detailed=2), sized(name, gpus, request_)
-    assert sorted(str(x.layout) for x in options) == sorted(str(x) for x in layouts(model(name), gpus))
+    assert sorted(str(x.layout) for x in options) == sorted(str(x) for x in layouts(model(name), gpus, Vllm()))
     assert str(options[0].layout) == str(chosen.best.layout)
     assert [x.fits for x in options] == sorted((x.fits for x in options), reverse=True)
     for place, option in enumerate(options):

@@ -95,17 +95,24 @@ def test_tensor_parallelism_stays_in_the_node() -> None:
 
 
 def test_a_million_tokens_on_128_h100_from_first_principles() -> None:
-    """Llama 3.1 405B, TP8 x CP16 pass-KV, fp8 weights.  2411.01783 reports 77 s and 63 % of the 800 TFLOP/s it gives for its
-    power-limited H100: at that peak the bound lies below it, and the ring is hidden.  Nothing here was fitted to it.
+    """Llama 3.1 405B, TP8 x CP16 pass-KV, fp8 weights.  2411.01783 reports 77 s and 63 % of the 800 TFLOP/s it gives for its H100 of
+    500 W with HBM2e (2.4 TB/s: torchtitan's rows of the same machines state it).  Told so much, the interval holds it; the 700 W board
+    that is sold would be faster.  Nothing here was fitted to it.
     """
     full = machine("h100", 128)
-    limited = replace(full.gpu, max_clock_hz=800e12 / (full.gpu.units * full.gpu.flops_per_clock["bf16"]))
-    part = replace(full, gpu=limited)
-    found = estimate(with_formats(model(BIG), "fp8", None), part, Layout(tp=8, cp=16), Prefill(1e6), calibration=Calibration.load(part.gpu))
-    assert found.lower < 77
-    assert found.flops / found.lower > 0.9 * 800e12
-    assert exposed(found) < 0.05 * found.seconds.value
-    assert float(found.footprint.total) < float(part.gpu.usable_bytes)
+    peak = 800e12 / (full.gpu.units * full.gpu.flops_per_clock["bf16"])
+    boards = [replace(full.gpu, max_clock_hz=peak), replace(full.gpu, max_clock_hz=peak, tdp_w=500.0, hbm_bytes_per_s=2.4e12), full.gpu]
+    model_, layout, phase = with_formats(model(BIG), "fp8", None), Layout(tp=8, cp=16), Prefill(1e6)
+    by_peak, theirs, sold = (
+        estimate(model_, replace(full, gpu=board), layout, phase, calibration=Calibration.load(board)) for board in boards
+    )  # fmt: skip
+    for found in (by_peak, theirs):
+        assert found.lower < 77
+        assert found.seconds.low < 77 < found.seconds.high
+        assert exposed(found) < 0.05 * found.seconds.value
+        assert float(found.footprint.total) < float(full.gpu.usable_bytes)
+    assert by_peak.flops / by_peak.lower > 0.9 * 800e12
+    assert sold.seconds.value < 77
 
 
 def run(*words: str) -> Any:

@@ -16,6 +16,9 @@ from simulator.parallel.transfer import (
     restores,
     send_cache,
 )
+from simulator.phases import System
+from simulator.planner import size
+from simulator.serving import Request
 from simulator.timing import Clock, seconds_expected
 from simulator.work import fold, quantity
 from tests.support import machine, model
@@ -61,3 +64,26 @@ def test_a_hand_over_layer_by_layer_hides_all_but_one_layer() -> None:
     slow = exposed_hand_over_s(cache_bytes=payload, prefill_s=1e-3, layers=layers, bytes_per_s=50e9)
     assert slow == pytest.approx(payload / 50e9 - (layers - 1) / layers * 1e-3, rel=1e-12)
     assert exposed_hand_over_s(cache_bytes=payload, prefill_s=10.0, layers=layers, bytes_per_s=50e9) == payload / layers / 50e9
+
+
+@pytest.mark.parametrize("name", [LLAMA, V3, "ai21labs/Jamba-v0.1"])
+def test_size_tells_what_moving_a_cache_takes_beside_computing_it(name: str) -> None:
+    """The share of one GPU over its host link, and over its NIC while layers compute."""
+    here, request = machine("h200", 16), Request(131_072)
+    found = size(model(name), here, request)
+    moved, layout = found.moves, found.best.layout
+    assert moved is not None
+    assert found.service is not None
+    assert moved.cached == found.service.cached_tokens
+    held = float(System(found.model, layout).resident(sequences=1.0, context=float(moved.cached)).cache)
+    assert moved.restored_bytes == held
+    assert moved.restore_s is not None
+    assert moved.restore_s >= held / here.gpu.host_bytes_per_s
+    assert moved.recompute_s is not None
+    assert moved.restore_s < moved.recompute_s < found.service.cold.seconds.value
+    assert moved.sent_bytes * layout.replica_gpus == pytest.approx(float(found.model.cache_bytes(float(request.prompt))), rel=1e-9)
+    assert moved.send_s is not None
+    assert moved.exposed_s is not None
+    assert moved.send_s >= moved.sent_bytes / 50e9
+    assert moved.send_s / len(found.model.order) * 0.99 < moved.exposed_s <= moved.send_s
+    assert len(moved.lines()) == 2

@@ -40,6 +40,8 @@ class Share(click.FloatRange):
 
 
 TOKENS = Tokens()
+#: The words of `simulator.parallel.context`, which help must not import.
+ORDERS, PASSING, HOLDS = ("zigzag", "contiguous", "striped"), ("kv", "q", "auto", "gather", "double"), ("share", "whole")
 POSITIVE = click.IntRange(1, 1_000_000)
 EXTENT = click.IntRange(1, 2**40)
 Command = Callable[..., Any]
@@ -66,6 +68,17 @@ layout_options = _options(
     click.option("--dcp", type=POSITIVE, help="Decode-context-parallel degree."),
     click.option("--dp-attention", type=POSITIVE, help="Attention-data-parallel degree."),
 )
+#: Ways to share the tokens of a prompt.
+context_options = _options(
+    click.option("--cp", type=POSITIVE, help="Context-parallel degree: GPUs that share a prompt's tokens."),
+    click.option("--cp-order", "order", type=click.Choice(ORDERS), default=None, help="Which tokens a rank of --cp has (default: zigzag)."),
+    click.option(
+        "--cp-passing", "passing", type=click.Choice(PASSING), default=None,
+        help="What goes between ranks of --cp: keys and values or queries round a ring, or everything gathered (default: kv; the engine's in size).",
+    ),
+    click.option("--ulysses", type=POSITIVE, help="Ulysses degree: GPUs that exchange tokens for heads."),
+    click.option("--helix", type=POSITIVE, help="Helix degree: ranks of --tp that split the cache in decoding."),
+)
 format_options = _options(
     click.option("--weights", default=None, help="Store linear layers otherwise: bf16, fp8, nvfp4, int4, ..."),
     click.option(
@@ -79,12 +92,24 @@ engine_options = _options(
     click.option("--chunk", type=TOKENS, default=None, help="max_num_batched_tokens (default: the engine's for the GPU)."),
 )
 phase_options = _options(
-    click.option("--phase", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True),
+    click.option("--phase", type=click.Choice(["prefill", "decode", "train"]), default="prefill", show_default=True),
     click.option("--context", type=TOKENS, default="128K", show_default=True, help="Tokens of each sequence at the end of the phase."),
     click.option("--batch", type=POSITIVE, default=1, show_default=True, help="Sequences."),
     click.option("--prefix", type=TOKENS, default=None, help="Tokens already cached (prefill; default: none)."),
     click.option("--chunk", type=TOKENS, default=None, help="New tokens per step (prefill; default: all at once)."),
     click.option("--engine", type=click.Choice(["vllm"]), default=None, help="Add the engine's host work; without it, none is added."),
+)
+#: A training step (--phase train).
+train_options = _options(
+    click.option("--sp", type=POSITIVE, help="Sequence-parallel degree: the tensor degree, or one."),
+    click.option("--recompute", type=click.Choice(["none", "full"]), default=None, help="Training: what is computed again backward (default: full)."),
+    click.option("--zero", type=click.IntRange(0, 3), default=None, help="Training: stage of states shared by replicas (default: 1)."),
+    click.option("--schedule", type=click.Choice(["gpipe", "1f1b", "interleaved"]), default=None, help="Training: the pipeline's (default: 1f1b)."),
+    click.option("--model-chunks", "chunks", type=click.IntRange(1, 64), default=None, help="Training: chunks of a stage (interleaved)."),
+    click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default=None, help="Training: whose states are held (default: adamw)."),
+)
+holds_option = click.option(
+    "--cp-holds", "holds", type=click.Choice(HOLDS), default=None, help="What a rank of --cp keeps of a cache (default: its share)."
 )
 csv_option = click.option("--csv", "csv_file", type=click.Path(dir_okay=False), default=None, help="Write the table here, one row a line.")
 output_options = _options(
@@ -170,7 +195,7 @@ def _machine(gpu: str, gpus: int | None, degrees: dict[str, int]) -> Any:
     from simulator.hardware import cluster
 
     product = 1
-    for name in ("tp", "pp", "dp", "dp_attention"):
+    for name in ("tp", "pp", "dp", "dp_attention", "cp", "ulysses"):
         product *= degrees.get(name, 1)
     return cluster(gpu, product if gpus is None else gpus)
 
@@ -183,6 +208,7 @@ def _machine(gpu: str, gpus: int | None, degrees: dict[str, int]) -> Any:
 @click.option("--output", type=TOKENS, default=None, help="Output tokens of a request (default: 1,024, or an eighth of the context).")
 @click.option("--prefix-hit", type=Share(0, 1), default=0.9, show_default=True, help="Share of the prompt found in the prefix cache.")
 @layout_options
+@context_options
 @format_options
 @engine_options
 @click.option("--price", type=Share(0, 10_000), default=None, help="US dollars per GPU-hour (default: data/prices.toml).")
@@ -194,14 +220,19 @@ def size(
     tp: int | None, pp: int | None, dp: int | None, ep: int | None, dcp: int | None, dp_attention: int | None,
     weights: str | None, cache: str | None, block_size: int | None, memory_fraction: float | None, chunk: int | None,
     price: float | None, exit_zero: bool, output_dir: str | None, as_json: bool,
+    cp: int | None, order: str | None, passing: str | None, ulysses: int | None, helix: int | None,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
     from simulator import export, report
     from simulator.question import Question, ask
 
-    degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
+    degrees = _degrees({
+        "tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention, "cp": cp, "ulysses": ulysses, "helix": helix,
+    })  # fmt: skip
+    ways = tuple((name, word) for name, word in (("order", order), ("passing", passing)) if word is not None)
     answer = ask(Question(
         model, gpu, gpus, context, concurrency, output, prefix_hit, tuple(degrees.items()), weights, cache, block_size, memory_fraction, chunk, price,
+        ways,
     ))  # fmt: skip
     found = answer.plan
     document = answer.document() if as_json or output_dir is not None else {}
@@ -359,6 +390,9 @@ def compare(
 @machine_options
 @phase_options
 @layout_options
+@context_options
+@holds_option
+@train_options
 @format_options
 @csv_option
 @output_options
@@ -378,38 +412,65 @@ def estimate(csv_file: str | None, as_json: bool, **asked: Any) -> None:
 
 def _estimated(
     *, model: str, gpu: str, gpus: int | None, phase: str, context: int, batch: int, prefix: int | None, chunk: int | None,
-    engine: str | None, weights: str | None, cache: str | None, **degree: int | None,
+    engine: str | None, weights: str | None, cache: str | None, order: str | None = None, passing: str | None = None, holds: str | None = None,
+    recompute: str | None = None, zero: int | None = None, schedule: str | None = None, chunks: int | None = None, optimizer: str | None = None,
+    **degree: int | None,
 ) -> tuple[Any, dict[str, Any], list[str]]:  # fmt: skip
     """The estimate that the options of a phase ask for, its inputs and warnings."""
     from simulator.engines import SCHEDULED
     from simulator.estimate import estimate as answer
     from simulator.parallel import Layout
-    from simulator.phases import Decode, Prefill
+    from simulator.phases import Decode, Prefill, TrainStep
     from simulator.planner import warnings
     from simulator.serving import Request
 
+    trains = {"recompute": recompute, "zero": zero, "schedule": schedule, "chunks": chunks, "optimizer": optimizer}
+    trains = {name: value for name, value in trains.items() if value is not None}
+    _check_phase(phase, trains, {"prefix": prefix, "chunk": chunk, "engine": engine, "weights": weights, "cache": cache})
     prefix = prefix or 0
     if prefix >= context:
         message = f"--prefix {prefix}: it must be smaller than --context {context}; the last token is always computed"
         raise ValueError(message)
     degrees = _degrees(degree)
-    machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
-    layout = Layout(**degrees)  # type: ignore[arg-type]
-    asked: Prefill | Decode
-    if phase == "prefill":
+    machine, spec = _machine(gpu, gpus, degrees), _model(model, "bf16" if phase == "train" else weights, cache)
+    ways = {name: word for name, word in (("order", order), ("passing", passing), ("holds", holds)) if word is not None}
+    layout = Layout(**degrees, **ways)  # type: ignore[arg-type]
+    asked: Prefill | Decode | TrainStep
+    if phase == "train":
+        trains = {"recompute": "full", "zero": 1, "schedule": "1f1b", "optimizer": "adamw", **trains}
+        asked = TrainStep(float(context), float(batch), **trains)  # type: ignore[arg-type]
+    elif phase == "prefill":
         asked = Prefill(float(context), float(batch), float(prefix), None if chunk is None else float(chunk))
     else:
         asked = Decode(float(context), float(batch))
     found = answer(spec, machine, layout, asked, engine=SCHEDULED[engine]() if engine else None)
     inputs = {
-        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "layout": str(layout), "phase": phase, "context": context,
+        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "layout": str(layout), **ways, "phase": phase, "context": context,
         "batch": batch, "prefix": prefix, "chunk": chunk, "engine": engine, "weights": weights or spec.quantization, "cache": spec.cache.name,
     }  # fmt: skip
     told = warnings(spec, Request(context), machine)
+    if isinstance(asked, TrainStep):
+        from simulator import train_step
+        from simulator.phases import System
+
+        told, inputs = [*spec.warnings, *train_step.warnings(System(spec, layout), asked)], {**inputs, **trains}
     if float(found.footprint.total) > float(machine.gpu.usable_bytes):
         held, there = (float(b) / 2**30 for b in (found.footprint.total, machine.gpu.usable_bytes))
         told.append(f"{held:.1f} GiB per GPU do not fit in {there:.1f} GiB: a time for a machine with more memory")
     return found, inputs, told
+
+
+def _check_phase(phase: str, trains: dict[str, Any], serves: dict[str, Any]) -> None:
+    """Refuse options of the other kind of phase."""
+    if phase == "train":
+        wrong, why = serves, "it belongs to serving, and a training step has none; leave it out"
+    else:
+        wrong, why = trains, "it belongs to --phase train; leave it out"
+    for name, value in wrong.items():
+        if value is not None:
+            flag = {"chunks": "model-chunks"}.get(name, name)
+            message = f"--{flag} {value}: {why}"
+            raise ValueError(message)
 
 
 @main.command("compare-cp")

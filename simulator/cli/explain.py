@@ -9,8 +9,10 @@ import click
 from simulator.cli import (
     _console,
     _estimated,
+    context_options,
     csv_option,
     format_options,
+    holds_option,
     layout_options,
     machine_options,
     output_options,
@@ -23,6 +25,8 @@ from simulator.cli import (
 @machine_options
 @phase_options
 @layout_options
+@context_options
+@holds_option
 @format_options
 @click.option("--top", type=click.IntRange(0, 10_000), default=12, show_default=True, help="Ops to print, most time first; 0: all.")
 @csv_option
@@ -32,6 +36,9 @@ def explain(top: int, csv_file: str | None, as_json: bool, **asked: Any) -> None
     from simulator import explain as opened
     from simulator import export, report
 
+    if asked["phase"] == "train":
+        message = "--phase train: explain opens phases of serving; longctx estimate has a training step op by op"
+        raise ValueError(message)
     found, inputs, told = _estimated(**asked)
     document = opened.document(found, inputs, told)
     if csv_file is not None:

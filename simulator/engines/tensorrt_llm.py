@@ -57,6 +57,8 @@ class TensorrtLlm:
             raise refuse(self.title, self.version, "its pages of compressed entries are not modelled; use vllm or sglang")
         if int(layout.dcp) > 1:
             raise refuse(self.title, self.version, f"--dcp {int(layout.dcp)} is vLLM's; its own context parallelism (Helix) is not modelled")
+        if layout.cp > 1 or layout.ulysses > 1 or layout.helix > 1:
+            raise refuse(self.title, self.version, "its context parallelism is not modelled")
         check_kept(model)
         block = self.block_size or int(_fact("defaults", "tokens_per_block"))
         share = self.memory_fraction if self.memory_fraction is not None else float(_fact("defaults", "free_gpu_memory_fraction"))

@@ -12,7 +12,7 @@ import json
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from simulator.data import data_path
 from simulator.dtypes import BF16
 from simulator.engines.allocation import Allocation, refuse
 from simulator.engines.paging import Demand, check_kept
+from simulator.engines.prefill_context import vllm_flag, vllm_refuses, vllm_way
 from simulator.engines.vllm_pages import Group, Table, groups, pool_bytes, prefix_tokens, tables
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster, Gpu
@@ -171,7 +172,8 @@ class Vllm:
         """What the profile run leaves resident on the tightest GPU, and the caches of `sequences` (by architecture)."""
         system, gpu = System(model, layout), cluster.gpu
         tokens = float(self.step_tokens(gpu))
-        held = system.footprint(sequences=sequences, context=context, step_tokens=tokens)
+        # every rank of prefill context parallelism profiles a whole step
+        held = system.footprint(sequences=sequences, context=context, step_tokens=tokens * layout.cp)
         latent = [(n, layer) for n, layer in model.counted if isinstance(layer, LatentAttention)]
         weights: Bytes = held.weights
         workspace: Bytes = 0.0
@@ -262,6 +264,14 @@ class Vllm:
 
     # ---- launching
 
+    def arranged(self, layout: Layout) -> Layout:
+        """The layout with its ranks of context parallelism doing what vLLM's do."""
+        return replace(layout, **vllm_way())  # type: ignore[arg-type]
+
+    def splits_prompts(self, model: ModelSpec) -> bool:
+        """Whether it offers context parallelism of prefill for this model."""
+        return vllm_refuses(model) is None
+
     def warnings(self, model: ModelSpec) -> list[str]:
         """What it does not offer of a model."""
         offered = _facts()["cache_dtypes"]
@@ -279,6 +289,7 @@ class Vllm:
                 f"--dp-attention {shares}: vLLM deals whole data-parallel ranks of tp x pp = {rank} GPUs out evenly to nodes of "
                 f"{gpus_per_node}; make them fill every node"
             )
+        yield from self._context_refusals(model, layout)
         if model.model_type == "gpt_oss" and tp > 8:  # noqa: PLR2004
             yield f"--tp {tp}: vLLM splits gpt-oss's 8 key-value heads at most 8 ways"
         for layer in model.layers:
@@ -287,6 +298,28 @@ class Vllm:
                 if tp <= layer.num_key_value_heads or group % dcp:
                     yield f"--dcp {dcp}: vLLM wants tp above {layer.num_key_value_heads} and dcp to divide {group} queries per head"
                     return
+
+    def _context_refusals(self, model: ModelSpec, layout: Layout) -> Iterator[str]:
+        """What it refuses of context parallelism: models, ways, and combinations that are not counted here."""
+        cp, here = int(layout.cp), f"vLLM {self.version}"
+        if layout.ulysses > 1:
+            yield f"--ulysses {int(layout.ulysses)}: {here} does not exchange heads for tokens; use --tp, or --cp where the model has latent attention"
+        if layout.helix > 1:
+            yield f"--helix {int(layout.helix)}: {here} does not repeat queries over ranks that share a cache; use --dcp, which gathers them"
+        if cp == 1:
+            return
+        refused = vllm_refuses(model)
+        if refused:
+            yield f"--cp {cp}: {here} splits a prompt's tokens {refused}; use --tp or --pp, and longctx compare-cp to see what rings would take"
+            return
+        for name, told in vllm_way().items():
+            if getattr(layout, name) != told:
+                yield f"--cp-{name} {getattr(layout, name)}: {here} knows one way, {told}; use --cp-{name} {told} or leave it out"
+        if layout.dp_attention > 1:
+            yield f"--dp-attention {int(layout.dp_attention)}: not counted together with --cp {cp}; use one of them"
+        spread = int(layout.tp) * cp
+        if any(isinstance(layer, MoE) for layer in model.layers) and layout.ep != spread:
+            yield f"--cp {cp}: {here} cuts every expert's width over tp x cp ranks then, which is not counted here; add --ep {spread}"
 
     def reach_override(self, model: ModelSpec, context: int) -> str | None:
         """The `--hf-overrides` that lets vLLM go beyond what the config declares; None within it.
@@ -322,6 +355,10 @@ class Vllm:
         flags: list[tuple[str, Any]] = [("tensor-parallel-size", int(layout.tp))]
         if layout.pp > 1:
             flags.append(("pipeline-parallel-size", int(layout.pp)))
+        if layout.cp > 1:
+            flags.append((vllm_flag(), int(layout.cp)))
+            if any("text model only" in told for told in model.warnings):
+                flags.append(("language-model-only", None))
         shares = int(layout.dp_attention)
         nodes = -(-int(layout.gpus / layout.dp) // cluster.gpus_per_node)
         if shares > 1:

@@ -8,6 +8,9 @@ Linear layers see tokens / n.  A mixer that remembers every token meets the othe
 - "auto": "kv" where new tokens or their share are large, else "q" (`passes_kv`, the rule of 2411.01783).
 - "gather": all keys and values first, exposed, then one kernel (Llama 3, 2407.21783).
 - "double": a ring inside blocks of `cp_inner` ranks, around which a ring of blocks turns (one send per inner round).
+A rank keeps its tokens' share of every cache, or with `holds` "whole" all of it, as serving engines do: then "gather" moves
+only the new rows, a decoding sequence belongs to one rank, whose new rows all others gather too, and the last layer's outputs
+are gathered before the head.
 
 Legend: T new tokens of a sequence, P cached, c = T / n, K = (T + P) / n keys a rank holds, e bytes per element.
 Order decides who waits: contiguous ranks work max / mean = about 2 n / (n + 1) apart, zigzag (chunks i and 2 n - 1 - i)
@@ -28,8 +31,8 @@ from simulator.dtypes import BF16, FP32, CacheFormat
 from simulator.kernels.attention import Bidirectional, Block, Segment
 from simulator.kernels.elementwise import elementwise
 from simulator.kernels.messages import message
-from simulator.layers import Attention, LatentAttention
-from simulator.layers.layer import Direction, Keep, Layer, Mixer, Slice, is_mixer
+from simulator.layers import Attention, Head, LatentAttention, MoE
+from simulator.layers.layer import Direction, Keep, Kept, Layer, Mixer, Slice, is_mixer
 from simulator.model import ModelSpec
 from simulator.parallel.data import share_sequences
 from simulator.parallel.scheme import Scheme, divisors, has_mixing, is_one, mixing_of, with_mixing
@@ -38,6 +41,7 @@ from simulator.work import Overlap, Repeat, Select, Serial, Work
 
 ORDERS = ("zigzag", "contiguous", "striped")
 PASSING = ("kv", "q", "auto", "gather", "double")
+HOLDS = ("share", "whole")
 
 
 def pieces(order: str, segment: Segment, ranks: Num, position: Num) -> tuple[Segment, ...]:
@@ -157,11 +161,18 @@ class Context(Scheme):
         n = self.degree
         if is_one(n):
             return held
-        if any(s.split_kv for s in held.segments):
+        if isinstance(layer, MoE):
+            spans = self.layout.ep > self.layout.tp * self.layout.dp_attention
+            held = held._replace(token_ranks=held.token_ranks * where(spans, n, 1.0))
+        if self.layout.holds == "whole" and (decodes(held) or resident(held)):
+            if isinstance(layer, Head) or resident(held):
+                return held
+            return share_sequences(held, n)._replace(asked=held.segments)
+        if decodes(held):
             if is_mixer(layer) and type(layer) not in _RINGS:
                 return share_sequences(held, n)
             return (held if self.layout.merge == "tree" else share_sequences(held, n))._replace(asked=held.segments, cache_ranks=held.cache_ranks * n)
-        if all(type(s.new_tokens) is float and s.new_tokens == 0.0 for s in held.segments):
+        if resident(held):
             return held._replace(cache_ranks=held.cache_ranks * n)
         position = n - 1 if self.position is None else self.position
         if not is_mixer(layer):
@@ -172,10 +183,16 @@ class Context(Scheme):
 
     def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat, direction: Direction) -> Work:
         """The ring, the gather or the halo in place of the mixer's core."""
-        if is_one(self.degree) or not is_mixer(layer) or not held.asked:
+        if is_one(self.degree):
+            return work
+        if isinstance(layer, Head) and self.layout.holds == "whole":
+            return Serial([self._outputs(held), work])
+        if not is_mixer(layer) or not held.asked:
             return work
         held = self.layout.spread(held)
-        if any(s.split_kv for s in held.segments):
+        if self.layout.holds == "whole" and decodes(held):
+            return Serial([*self._new_rows(layer, held), work])
+        if decodes(held):
             return with_mixing(work, self._decode(layer, held, cache)) if has_mixing(work) else work
         core = _Core(layer, held, cache, direction)
         if not has_mixing(work):
@@ -241,7 +258,8 @@ class Context(Scheme):
         """All keys and values, then one kernel for each of the rank's pieces, which expands the latents it sees; backward
         returns their gradients by a reduce-scatter.
         """
-        rows = segment.sequences * (segment.new_tokens + segment.mean_prefix)
+        past = 0.0 if self.layout.holds == "whole" else segment.mean_prefix
+        rows = segment.sequences * (segment.new_tokens + past)
         payload = rows * passed_bytes(core.layer, core.held)
         group = self.layout.groups["cp"]
         found: list[Work] = [message("gather keys and values", "all_gather", group=group, payload_bytes=payload), core.work(core.held.segments)]
@@ -271,18 +289,34 @@ class Context(Scheme):
         group = self.layout.groups["cp"]
         found: list[Work] = []
         for kept in layer.kept(held):
-            row = (kept.row.elements + kept.row.rope) * (BF16.bytes if kept.dtype is None else kept.dtype.bytes)
+            row = element_bytes(kept)
             if kept.every == 0:
                 sequences = sum((s.sequences for s in held.asked), 0.0)
                 found.append(message("gather states", "all_gather", group=group, payload_bytes=self.degree * sequences * row))
             elif kept.grows:
-                rows = sum((s.sequences * kept.rows(s.mean_prefix + s.new_tokens) for s in held.asked), 0.0)
+                whole = self.layout.holds == "whole"
+                rows = sum((s.sequences * kept.rows(s.new_tokens if whole else s.mean_prefix + s.new_tokens) for s in held.asked), 0.0)
                 found.append(message(f"gather {kept.keep.value}", "all_gather", group=group, payload_bytes=rows * row))
             else:
                 most = float(kept.most or kept.cycle or 1) - 1
                 rows = sum((s.sequences * minimum(most, s.prefix) for s in held.segments), 0.0)
                 found.append(message("halo", "send", group=group, payload_bytes=rows * row))
         return found
+
+    def _new_rows(self, layer: Mixer, held: Slice) -> list[Work]:
+        """What every rank's new tokens leave in the cache, for all ranks to write; of sequences dealt to one rank each."""
+        tokens: Num = sum((s.tokens for s in held.asked), 0.0)
+        rows = [kept for kept in layer.kept(held) if kept.grows]
+        return [
+            message(f"gather new {kept.keep.value}", "all_gather", group=self.layout.groups["cp"], payload_bytes=tokens / kept.every * element_bytes(kept))
+            for kept in rows
+        ]
+
+    def _outputs(self, held: Slice) -> Work:
+        """The last layer's outputs of all ranks' tokens, restored on every rank to be sampled from."""
+        tokens = held.tokens if decodes(held) else held.tokens * self.degree
+        payload = tokens * (self.layout.hidden_size * BF16.bytes)
+        return message("gather outputs", "all_gather", group=self.layout.groups["cp"], payload_bytes=payload)
 
     def _decode(self, layer: Mixer, held: Slice, cache: CacheFormat) -> Work:
         """Every rank attends with everyone's queries to its own keys; outputs return and are merged by their LSE.
@@ -323,6 +357,10 @@ class Context(Scheme):
             yield f"--cp-order {layout.order}: unknown; use one of {', '.join(ORDERS)}"
         if layout.passing not in PASSING:
             yield f"--cp-passing {layout.passing}: unknown; use one of {', '.join(PASSING)}"
+        if layout.holds not in HOLDS:
+            yield f"--cp-holds {layout.holds}: unknown; use one of {', '.join(HOLDS)}"
+        if n > 1 and layout.holds == "whole" and layout.passing != "gather":
+            yield f"--cp-passing {layout.passing}: ranks that hold the whole cache gather its new rows; use --cp-passing gather, or --cp-holds share"
         if layout.merge not in ("gather", "tree"):
             yield f"--merge {layout.merge}: unknown; use gather or tree"
         if n == 1:
@@ -338,6 +376,21 @@ class Context(Scheme):
             yield f"--cp-passing double: an inner ring needs at least 2 ranks; add --cp-inner with a divisor: {divisors(n)}"
         if layout.dcp > 1 or layout.helix > 1:
             yield f"--cp {n}: the cache is split over its ranks already; leave --dcp and --helix out"
+
+
+def decodes(held: Slice) -> bool:
+    """Whether it is a step of decoding."""
+    return any(s.split_kv for s in held.segments)
+
+
+def resident(held: Slice) -> bool:
+    """Whether nothing is computed: what lies there is asked for."""
+    return all(type(s.new_tokens) is float and s.new_tokens == 0.0 for s in held.segments)
+
+
+def element_bytes(kept: Kept) -> Bytes:
+    """Bytes of one row as it travels: in the arithmetic's type unless the state has its own."""
+    return (kept.row.elements + kept.row.rope) * (BF16.bytes if kept.dtype is None else kept.dtype.bytes)
 
 
 class _Core:
@@ -399,6 +452,6 @@ def tree_merge(tokens: Num, heads: Num, outputs: Num, group: Any) -> list[Work]:
 
 
 __all__ = [
-    "ORDERS", "PASSING", "Context", "Ring", "block_tokens_to_hide", "halo_tokens", "imbalance", "made", "merge", "passed_bytes", "passes_kv",
+    "HOLDS", "ORDERS", "PASSING", "Context", "Ring", "block_tokens_to_hide", "halo_tokens", "imbalance", "made", "merge", "passed_bytes", "passes_kv",
     "pieces", "ring", "tokens_to_hide_kv", "tokens_to_hide_q",
 ]  # fmt: skip

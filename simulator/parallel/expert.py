@@ -1,6 +1,6 @@
-"""Expert parallelism: whole experts on each of n ranks of the tensor x attention-data group.
+"""Expert parallelism: whole experts on each of n ranks of the tensor x attention-data (x context) group.
 
-With attention-data parallelism, rows travel: dispatch and combine are all-to-alls of the busiest rank's rows,
+With attention-data parallelism, and over ranks of context parallelism, rows travel: dispatch and combine are all-to-alls of the busiest rank's rows,
 T k D e each way (FORMULAS 5.4).  Inside one tensor group every rank already holds all tokens: nothing travels but
 the layer's all-reduce.  Over `ep_nodes` nodes a row crosses once for each distinct node its experts lie on and is handed
 on inside (deepseek-ai/DeepEP@dd758caf, "normal" kernels); shared experts stay where the token is.
@@ -50,9 +50,10 @@ class Expert(Scheme):
 
     def around(self, work: Work, layer: Layer, held: Slice, cache: CacheFormat, direction: Direction) -> Work:  # noqa: ARG002
         """Dispatch in the expert's activation format, combine in bf16."""
-        if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
+        shares = self.layout.expert_shares
+        if not isinstance(layer, MoE) or is_one(shares):
             return work
-        rows = layer.routed(held)[0] * where(self.layout.dp_attention > 1, 1.0, 0.0)
+        rows = layer.routed(held)[0] * where(shares > 1, 1.0, 0.0)
         width = layer.expert_width
         there, back = width * layer.expert_weight.activation.bytes, width * BF16.bytes
         if not is_one(self.layout.ep_nodes):
@@ -82,11 +83,11 @@ class Expert(Scheme):
         ])  # fmt: skip
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:
-        """Experts must divide, the group is tensor x attention-data, and nodes hold equal shares of it."""
+        """Experts must divide, the group is tensor x attention-data (x context), and nodes hold equal shares of it."""
         nodes = int(self.layout.ep_nodes)
         if nodes > 1 and int(self.degree) % nodes:
             yield f"--ep-nodes {nodes}: it divides the {int(self.degree)} expert ranks; use a divisor: {divisors(int(self.degree))}"
-        n, group = int(self.degree), int(self.layout.tp * self.layout.dp_attention)
+        n, group, ring = int(self.degree), int(self.layout.tp * self.layout.dp_attention), int(self.layout.cp)
         if n == 1:
             return
         experts = [layer.num_experts for layer in model.layers if isinstance(layer, MoE)]
@@ -94,5 +95,6 @@ class Expert(Scheme):
             yield f"--ep {n}: {model.name} has no experts; leave --ep out"
         elif experts[0] % n:
             yield f"--ep {n}: {model.name} has {experts[0]} experts; use a divisor: {divisors(experts[0])}"
-        elif n != group:
-            yield f"--ep {n}: experts are split over tp x dp-attention = {group} ranks; use --ep {group} or leave it out"
+        elif n not in (group, group * ring):
+            also = f", or those of every --cp rank too: --ep {group * ring}" if ring > 1 else ""
+            yield f"--ep {n}: experts are split over tp x dp-attention = {group} ranks{also}; use --ep {group} or leave it out"

@@ -31,7 +31,7 @@ from simulator.parallel.scheme import Scheme, is_one
 from simulator.parallel.sequence import Sequence
 from simulator.parallel.tensor import Tensor
 from simulator.parallel.ulysses import Ulysses
-from simulator.units import Num
+from simulator.units import Num, maximum
 from simulator.work import Group, Work
 
 #: Order of sharding: what splits requests first, then tokens, experts (they decide who splits widths), widths, caches.
@@ -61,7 +61,7 @@ class Layout:
 
     `ep_nodes` nodes over which expert ranks send a row once for each.  Of context parallelism: `order` of tokens,
     `passing` (what goes round), `cp_inner` ranks of a double ring, `merge` of decoded outputs, and `hidden_from`, the new
-    tokens from which "auto" passes keys and values.
+    tokens from which "auto" passes keys and values; `holds` is what a rank keeps of a cache: its tokens' "share", or the "whole".
     """
 
     tp: Num = 1
@@ -79,6 +79,7 @@ class Layout:
     order: str = "zigzag"
     passing: str = "kv"
     merge: str = "gather"
+    holds: str = "share"
     hidden_from: Num = math.inf
     hidden_size: int = dataclasses.field(default=0, init=False)
     groups: Mapping[str, Group] = dataclasses.field(default_factory=dict, init=False)
@@ -100,6 +101,18 @@ class Layout:
         """Product of the degrees that need their own GPUs."""
         product: Num = self.tp * self.pp * self.dp * self.dp_attention
         return product if is_one(self.cp) and is_one(self.ulysses) else product * self.cp * self.ulysses
+
+    @property
+    def replica_gpus(self) -> Num:
+        """GPUs that serve one request together: those of a replica, and of one share of attention-data parallelism."""
+        return self.tp * self.pp * self.cp * self.ulysses
+
+    @property
+    def expert_shares(self) -> Num:
+        """Groups with tokens of their own that share one set of experts: those of attention-data parallelism, and of context
+        parallelism where experts are split over its ranks too.  The others hold the same tokens.
+        """
+        return 1.0 if is_one(self.ep) else maximum(self.ep / self.tp, 1.0)
 
     @property
     def token_ranks(self) -> Num:

@@ -79,7 +79,8 @@ class Tensor(Scheme):
                 work, message("inner all-reduce", "all_reduce", group=group, payload_bytes=within),
                 message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload),
             ])  # fmt: skip
-        if not isinstance(layer, MoE) or is_one(self.layout.dp_attention):
+        shares = self.layout.expert_shares
+        if not isinstance(layer, MoE) or is_one(shares):
             sums: list[Work] = []
             if not is_one(self.layout.sp):
                 shared = where(self.layout.sp > 1, 1.0, 0.0)
@@ -89,7 +90,7 @@ class Tensor(Scheme):
             if direction is Direction.BACKWARD and reads_by_columns(layer):
                 return beside_product(work, 1, sums)
             return Serial([work, *sums])
-        travels = where(self.layout.dp_attention > 1, 1.0, 0.0)
+        travels = where(shares > 1, 1.0, 0.0)
         return Serial([
             work, message("gather tokens", "all_gather", group=group, payload_bytes=payload * travels),
             message("tensor all-reduce", "all_reduce", group=group, payload_bytes=payload * (1 - travels)),

@@ -16,7 +16,7 @@ from simulator.kernels.messages import message
 from simulator.layers import Attention, LatentAttention
 from simulator.layers.layer import Direction, Layer, Mixer, Slice, is_mixer
 from simulator.model import ModelSpec
-from simulator.parallel.context import made
+from simulator.parallel.context import made, resident
 from simulator.parallel.scheme import Scheme, divisors, has_mixing, is_one, mixing_of, with_mixing
 from simulator.units import ceil, maximum
 from simulator.work import Serial, Work
@@ -32,7 +32,7 @@ class Ulysses(Scheme):
         u = self.degree
         if is_one(u):
             return held
-        if all(type(s.new_tokens) is float and s.new_tokens == 0.0 for s in held.segments):
+        if resident(held):
             return held._replace(kv_heads=maximum(held.kv_heads / u, 1.0)) if is_mixer(layer) else held
         return held._replace(segments=tuple(
             s._replace(sequences=ceil(s.sequences / u)) if s.split_kv else s._replace(new_tokens=s.new_tokens / u) for s in held.segments

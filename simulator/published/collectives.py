@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 
 from simulator.calibration import Calibration
 from simulator.collectives import carry, port
+from simulator.dtypes import BF16
 from simulator.estimate import Interval, interval
 from simulator.hardware import Cluster
 from simulator.kernels.messages import message
+from simulator.parallel.expert import distinct_nodes
 from simulator.published.kernels import GIGA, MS, timed
 from simulator.published.table import Asked, Measurement, machine, refuse
 from simulator.timing import Clock
@@ -78,19 +80,37 @@ def timed_collective(row: Measurement) -> Asked:
     return ask(float(row.value) * MS)
 
 
-def deep_ep(row: Measurement) -> Asked:
-    """DeepEP's bottleneck bandwidth: bytes through the named port (NVLink within a node, the NIC across nodes) per second.
+#: What its own test sends: 256 experts, 8 a token, of at most 4 nodes; fp8 with an fp32 scale per 128.
+_EXPERTS, _TOP, _NODES, _FP8_BYTES = 256, 8, 4, 1 + 4 / 128
 
-    Payload: every token once per expert, fp8 dispatch and bf16 combine; its size cancels where latency does not matter.
+
+def deep_ep(row: Measurement) -> Asked:
+    """DeepEP's bottleneck bandwidth under its own test: bytes a rank sends to all distinct nodes (within a node: receives from all
+    ranks), its own among them, per second.
+
+    A token crosses once for each other node its experts lie on and is handed on to each rank there once, while others cross:
+    the longer of NIC and NVLink.  Source: deepseek-ai/DeepEP tests/test_internode.py, num_rdma_token_sent, recv_x.
     """
     if "low-latency" in row.kernel_or_engine:
         refuse("DeepEP's low-latency kernels put RDMA under every pair of ranks, NVLink neighbours too: not modelled")
     on = machine(row)
-    element = 1.0 if row.inputs["op"] == "dispatch" else 2.0
-    payload = row.number("tokens_per_gpu") * row.number("hidden") * 8 * element
-    wire, ask = _call("all_to_all", on, payload)
-    outside = 1.0 if on.gpus <= on.gpus_per_node else (on.gpus - on.gpus_per_node) / (on.gpus - 1)
-    return ask(wire * outside / (float(row.value) * GIGA))
+    local = min(on.gpus, on.gpus_per_node)
+    nodes = on.gpus // local
+    chosen = min(nodes, _NODES)
+    row_bytes = row.number("hidden") * (_FP8_BYTES if row.inputs["op"] == "dispatch" else BF16.bytes)
+    distinct = distinct_nodes(nodes=float(nodes), experts=_EXPERTS, top_k=_TOP, limit=float(chosen))
+    ranks = distinct_nodes(nodes=float(on.gpus), experts=_EXPERTS, top_k=_TOP, limit=float(chosen * local))
+    sent, handed = (float(row.number("tokens_per_gpu") * each * row_bytes) for each in (distinct, ranks))
+    inside = message("hand on", "all_to_all", group=Group("node", float(local)), payload_bytes=handed)
+    across = message("cross", "all_to_all", group=Group("nodes", float(nodes), float(local)), payload_bytes=sent)
+
+    def answer(calibration: Calibration) -> Interval:
+        clock = Clock(on, calibration)
+        op = max((inside, across), key=lambda one: float(clock.expected(one)))
+        value = float(clock.expected(op))
+        return interval({op.family: value}, calibration, value, float(clock.bound(op)))
+
+    return Asked((handed if nodes == 1 else sent) / (float(row.value) * GIGA), "s", answer, on)
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {

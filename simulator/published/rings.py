@@ -1,4 +1,4 @@
-"""Attention whose tokens several GPUs share: rings of ring-flash-attention and BurstAttention."""
+"""Attention whose tokens several GPUs share: rings of ring-flash-attention and BurstAttention, Ulysses x ring of USP."""
 
 from __future__ import annotations
 
@@ -67,4 +67,25 @@ def burst(row: Measurement) -> Asked:
     return _with_flash2(timed(work, on, float(row.value) * MS if row.kind == "kernel_time" else rate))
 
 
-SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {"ring-flash-attention-readme": ring_flash, "burstattention-readme": burst}
+#: YunChang's names of the ring beneath its Ulysses.
+_ORDERS = {"basic": "contiguous", "zigzag": "zigzag", "stripe": "striped"}
+#: Up to here its rows show the host: 512 tokens take as long as 8,192.
+_HOST_TOKENS = 8192
+
+
+def usp(row: Measurement) -> Asked:
+    """YunChang's picture: iterations per second of one forward call over 8 GPUs, Ulysses inside and a ring outside.
+
+    Causal, though the picture does not print it: without the mask its longest rows would exceed the A100's peak.
+    """
+    if row.number("seq_len") <= _HOST_TOKENS:
+        refuse("512 tokens take as long as 8,192: time of the host, which is not modelled here")
+    order = _ORDERS[row.kernel_or_engine.partition("ring=")[2].split()[0]]
+    u, ring = (int(part.partition("=")[2]) for part in row.parallelism.split(";"))
+    work = _core(row, Layout(ulysses=u, cp=ring, order=order), causal=True, training=False)
+    return _with_flash2(timed(work, machine(row), 1 / float(row.value)))
+
+
+SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
+    "ring-flash-attention-readme": ring_flash, "burstattention-readme": burst, "yunchang-usp": usp,
+}  # fmt: skip

@@ -1,32 +1,22 @@
-"""Training runs: refused with the reason until a training step can be asked for."""
+"""Training runs: refused until their conventions are converted into a training step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from simulator import phases
 from simulator.published.table import Asked, Measurement, refuse
 
 
 def training(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
     """A training step as a whole: iteration time, MFU, memory, longest trainable sequence."""
-    stands = "exists, its conventions are not converted yet" if hasattr(phases, "TrainStep") else "is not modelled yet"
-    refuse(f"a training step {stands}")
+    refuse("a training step: this source's conventions (recomputation, states, what its FLOPs count) are not converted yet")
 
 
-def sequence_parallel(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same answer)
-    """Attention over the ranks of a Ulysses x ring group."""
-    refuse("Ulysses and ring attention: causal or not is not stated, a factor of two")
-
-
-SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
-    **dict.fromkeys(
-        (
-            "activation-recomputation-paper", "arctic-alst", "deepspeed-fpdt", "easycontext-readme", "internevo", "llm-foundry",
-            "megatron-bridge", "megatron-lm-llama-fp8", "megatron-lm-readme", "meta-model-card", "nemo-long-sequence", "simumax-b200",
-            "torchtitan-2024-12", "torchtitan-async-tp", "usp-paper",
-        ),
-        training,
+SOURCES: Mapping[str, Callable[[Measurement], Asked]] = dict.fromkeys(
+    (
+        "activation-recomputation-paper", "arctic-alst", "deepspeed-fpdt", "easycontext-readme", "internevo", "llm-foundry",
+        "megatron-bridge", "megatron-lm-llama-fp8", "megatron-lm-readme", "meta-model-card", "nemo-long-sequence", "simumax-b200",
+        "torchtitan-2024-12", "torchtitan-async-tp", "usp-paper",
     ),
-    "yunchang-usp": sequence_parallel,
-}  # fmt: skip
+    training,
+)  # fmt: skip

@@ -1,0 +1,193 @@
+"""A training step: useful work, what is computed again, schedules, traffic and memory of shared states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from simulator import Calibration, Layout, estimate, train_step
+from simulator.hf import with_formats
+from simulator.layers import Head
+from simulator.model import ModelSpec
+from simulator.parallel.schedules import Schedule
+from simulator.phases import System, TrainStep
+from simulator.work import Leaf, Message, Op, SecondsOverlapped, fold, quantity
+from tests.support import HYBRID, MAIN, machine, model
+
+LLAMA, BIG = "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-70B"
+TOKENS = 8192.0
+
+
+def trained(name: str) -> ModelSpec:
+    return with_formats(model(name), "bf16", None)
+
+
+def tree(name: str, layout: Layout, **asked: Any) -> Any:
+    return train_step.work(System(trained(name), layout), TrainStep(TOKENS, **asked))
+
+
+def total(work: Any, name: str) -> float:
+    return float(fold(work, quantity(name)))
+
+
+def seconds(work: Any, each: dict[str, float]) -> float:
+    """The time of a tree whose ops take `each` by name, others none."""
+
+    def leaf(op: Leaf) -> float:
+        return 0.0 if isinstance(op, Message) else each.get(op.name, 0.0)
+
+    return float(fold(work, SecondsOverlapped(leaf, lambda _: {})))
+
+
+# ---- work
+
+
+@pytest.mark.parametrize("batch", [1.0, 4.0])
+def test_useful_work_is_six_flops_a_matrix_parameter_and_token_and_the_pairs_thrice(batch: float) -> None:
+    """FORMULAS 4.6: 6 N T + 6 L n_q d S (S + 1) a sequence of S; the embedding multiplies nothing."""
+    spec = trained(LLAMA)
+    matrices = sum(
+        n * sum(float(module.parameters) for module in layer.modules(layer.whole(())) if "norm" not in module.name)
+        for n, layer in spec.counted
+        if layer is not spec.embedding
+    )
+    pairs = 6 * 32 * 32 * 128 * TOKENS * (TOKENS + 1) * batch
+    assert total(tree(LLAMA, Layout(), batch=batch), "model_flops") == pytest.approx(6 * matrices * TOKENS * batch + pairs, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", [LLAMA, "openai/gpt-oss-120b", "Qwen/Qwen3-Next-80B-A3B"])
+def test_recomputing_runs_every_block_forward_once_more_and_nothing_else(name: str) -> None:
+    spec = trained(name)
+    once, twice = (total(tree(name, Layout(), recompute=how), "tensor_flops") for how in ("none", "full"))
+    blocks = 0.0
+    for count, layer in spec.counted:
+        if layer in (spec.embedding, spec.head) or isinstance(layer, Head):
+            continue
+        held = layer.whole(train_step._Passes(System(spec, Layout()), TrainStep(TOKENS)).segments)
+        blocks += count * total(layer.work(held, cache=spec.cache), "tensor_flops")
+    assert twice - once == pytest.approx(blocks, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [*MAIN, *HYBRID])
+def test_every_architecture_takes_a_step_between_its_bound_and_no_overlap(name: str) -> None:
+    here = machine("h200", 8)
+    found = estimate(trained(name), here, Layout(cp=4, dp=2), TrainStep(TOKENS, 4.0, "full", 3), calibration=Calibration.load(here.gpu))
+    assert 0 < found.lower <= found.seconds.value <= found.upper * (1 + 1e-9)
+    assert found.model_flops <= found.flops * (1 + 1e-9)
+    assert 0 < found.model_flops / found.seconds.value < here.gpu.peak_flops_per_s("bf16")
+
+
+# ---- schedules
+
+#: A norm is once in every mixer: a clock of blocks.
+FORWARD, BACKWARD = {"attention norm": 1.0}, {"attention norm backward": 2.0}
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("m", [8, 16])
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 4)])
+def test_a_step_over_stages_takes_what_its_schedule_says(pp: int, m: int, name: str, chunks: int) -> None:
+    work = tree(LLAMA, Layout(pp=pp), batch=float(m), schedule=name, chunks=chunks)
+    layers = 32 / pp
+    plan = Schedule(name, pp, m, chunks)
+    assert seconds(work, FORWARD | BACKWARD) == pytest.approx(plan.makespan_s(forward_s=layers, backward_s=2 * layers), rel=1e-12)
+
+
+def test_one_stage_has_no_bubble() -> None:
+    assert seconds(tree(LLAMA, Layout(), batch=5.0), FORWARD | BACKWARD) == 5 * 32 * 3
+
+
+# ---- traffic
+
+
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_states_travel_once_a_step_or_with_every_microbatch(zero: int, m: int) -> None:
+    """Stages 0 and 1: 2 (n - 1) / n P e a step; 2: gradients with every microbatch; 3: weights twice too."""
+    n = 4
+    work = tree(LLAMA, Layout(dp=n), batch=float(n * m), zero=zero)
+    one = (n - 1) / n * trained(LLAMA).parameters() * 2
+    times = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[zero]
+    assert total(work, "wire_bytes") == pytest.approx(times * one, rel=0.08 if zero == 3 else 1e-3)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_one_rank_sends_nothing(zero: int) -> None:
+    assert total(tree(LLAMA, Layout(), batch=2.0, zero=zero), "wire_bytes") == 0
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=4), Layout(cp=4), Layout(cp=2, dp=2), Layout(ulysses=2, dp=2)], ids=str)
+def test_ranks_with_the_same_weights_share_their_gradients(layout: Layout) -> None:
+    assert train_step.states(layout, TrainStep(TOKENS)).ranks == 4
+
+
+# ---- memory
+
+
+def test_states_take_sixteen_bytes_a_parameter_and_shards_the_rest() -> None:
+    spec = trained(LLAMA)
+    alone = train_step.footprint(System(spec, Layout()), TrainStep(TOKENS, zero=0))
+    assert alone.weights + alone.gradients + alone.optimizer == pytest.approx(16 * spec.parameters(), rel=1e-6)
+    shared = train_step.footprint(System(spec, Layout(dp=8)), TrainStep(TOKENS, 8.0, zero=1))
+    assert shared.optimizer == pytest.approx(12 * spec.parameters() / 8, rel=1e-6)
+    assert shared.gradients == alone.gradients
+    muon = train_step.footprint(System(spec, Layout()), TrainStep(TOKENS, zero=0, optimizer="muon"))
+    ends = 2 * 128_256 * 4096
+    assert muon.optimizer == pytest.approx(8 * (spec.parameters() - ends) + 12 * ends, rel=1e-3)
+
+
+def test_what_a_layer_keeps_of_a_token_is_the_handbooks() -> None:
+    """FORMULAS 4.2: 139,392 B of Llama-3-8B; recomputing keeps the block's input, 2 D."""
+    spec, few, many = trained(LLAMA), 8192.0, 65_536.0
+    per_token = []
+    for how in ("none", "full"):
+        held = [float(train_step.footprint(System(spec, Layout()), TrainStep(s, recompute=how, zero=0)).activations) for s in (few, many)]
+        per_token.append((held[1] - held[0]) / (many - few))
+    # beside 32 layers: the widest op and the head's logits, or the one block that runs again
+    assert 32 * 139_392 <= per_token[0] < 32 * 139_392 + 8 * 128_256 + 8 * 4096
+    assert 32 * 8192 <= per_token[1] < 32 * 8192 + 139_392 + 8 * 128_256
+
+
+@pytest.mark.parametrize("degrees", [{"cp": 4}, {"ulysses": 4}, {"tp": 4, "sp": 4}], ids=str)
+def test_ranks_that_share_tokens_share_what_is_kept(degrees: dict[str, int]) -> None:
+    spec = trained(LLAMA)
+    alone, shared = (train_step.footprint(System(spec, x), TrainStep(131_072.0, recompute="full")).activations for x in (Layout(), Layout(**degrees)))
+    assert shared * 4 == pytest.approx(alone, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "more"), [("gpipe", 8), ("1f1b", 4)])
+def test_the_first_stage_keeps_the_microbatches_in_flight(name: str, more: int) -> None:
+    spec, layout = trained(BIG), Layout(pp=4)
+    one = train_step.footprint(System(spec, layout), TrainStep(TOKENS, 1.0, schedule=name)).activations
+    several = train_step.footprint(System(spec, layout), TrainStep(TOKENS, 8.0, schedule=name)).activations
+    assert 0.8 * more < several / one <= more
+
+
+# ---- rules
+
+
+@pytest.mark.parametrize(
+    ("layout", "asked", "told"),
+    [
+        (Layout(dp=4), {"batch": 6.0}, "--batch 6"), (Layout(), {"recompute": "half"}, "--recompute half"), (Layout(), {"optimizer": "sgd"}, "--optimizer sgd"),
+        (Layout(pp=4), {"schedule": "dualpipe"}, "--schedule dualpipe"), (Layout(pp=4), {"schedule": "interleaved", "batch": 6.0}, "no multiple of 4"),
+        (Layout(tp=8, dcp=2), {}, "--dcp 2"), (Layout(), {"chunks": 2}, "--model-chunks 2"), (Layout(), {"zero": 4}, "--zero 4"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_trained_so_is_refused(layout: Layout, asked: dict[str, Any], told: str) -> None:
+    lines = list(train_step.refusals(System(trained(BIG), layout), TrainStep(TOKENS, **asked)))
+    assert any(told in line and line.startswith("--") for line in lines)
+
+
+def test_the_update_reads_and_writes_every_state_once() -> None:
+    ops = [row for row in _ops(tree(LLAMA, Layout(), zero=0)) if row.name == "optimizer"]
+    assert len(ops) == 1
+    assert float(ops[0].hbm_bytes) == pytest.approx(28 * trained(LLAMA).parameters(), rel=1e-6)
+
+
+def _ops(work: Any) -> list[Op]:
+    from simulator.work import Rows
+
+    return [row.op for row in fold(work, Rows(lambda _: 0.0))]
