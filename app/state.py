@@ -27,8 +27,8 @@ _NOTES = "_link_notes"
 
 @cache
 def gpus() -> tuple[str, ...]:
-    """GPUs that ship with the tool and whose times can be told."""
-    return hardware.timed()
+    """GPUs that ship with the tool."""
+    return hardware.catalog()
 
 
 # ---- links

@@ -464,7 +464,8 @@ def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: 
         [str(entry["count"]), entry["kind"], entry["keeps"], f"{entry['row_bytes']:,.0f} B", f"{entry['stored_tokens']:,.0f}", gib(entry["bytes_per_sequence"])]
         for entry in document["layers"]
     ]
-    _table(console, "By kind of layer", ["layers", "kernel", "keeps", "row", "rows kept", "per sequence"], rows)
+    if rows:
+        _table(console, "By kind of layer", ["layers", "kernel", "keeps", "row", "rows kept", "per sequence"], rows)
 
 
 # ---- estimate and kernel

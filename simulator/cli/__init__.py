@@ -196,22 +196,25 @@ def size(
     price: float | None, exit_zero: bool, output_dir: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
-    from simulator import export, report
-    from simulator.question import Question, ask
+    from simulator import export, reading_report, report
+    from simulator.question import Answer, Question
+    from simulator.question import answer as answered
 
     degrees = _degrees({"tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention})
-    answer = ask(Question(
+    answer = answered(Question(
         model, gpu, gpus, context, concurrency, output, prefix_hit, tuple(degrees.items()), weights, cache, block_size, memory_fraction, chunk, price,
     ))  # fmt: skip
-    found = answer.plan
     document = answer.document() if as_json or output_dir is not None else {}
     if output_dir is not None:
         export.write_size(output_dir, report.emit(document), document)
+    fits = answer.plan.fits if isinstance(answer, Answer) else answer.reading.fits
     if as_json:
         click.echo(report.emit(document))
+    elif isinstance(answer, Answer):
+        report.print_size(answer.plan, answer.inputs, _console())
     else:
-        report.print_size(found, answer.inputs, _console())
-    return 0 if found.fits or exit_zero else EXIT_DOES_NOT_FIT
+        reading_report.print_reading(answer.reading, answer.inputs, _console())
+    return 0 if fits or exit_zero else EXIT_DOES_NOT_FIT
 
 
 @main.command()
@@ -382,6 +385,7 @@ def _estimated(
 ) -> tuple[Any, dict[str, Any], list[str]]:  # fmt: skip
     """The estimate that the options of a phase ask for, its inputs and warnings."""
     from simulator.engines import SCHEDULED
+    from simulator.engines.paging import keeps
     from simulator.estimate import estimate as answer
     from simulator.parallel import Layout
     from simulator.phases import Decode, Prefill
@@ -395,6 +399,9 @@ def _estimated(
     degrees = _degrees(degree)
     machine, spec = _machine(gpu, gpus, degrees), _model(model, weights, cache)
     layout = Layout(**degrees)  # type: ignore[arg-type]
+    if not keeps(spec) and (phase == "decode" or prefix or chunk):
+        message = f"{spec.name} reads a text at once, keeps nothing and decodes nothing; ask for --phase prefill without --prefix and --chunk"
+        raise ValueError(message)
     asked: Prefill | Decode
     if phase == "prefill":
         asked = Prefill(float(context), float(batch), float(prefix), None if chunk is None else float(chunk))
