@@ -26,7 +26,6 @@ from simulator.hf import catalog as models
 from simulator.hf import load_model
 from tests.fuzzing import check_command_line, check_config, command_lines, configs
 
-
 #: Exit codes in words.
 TOLD = {0: "answered", 3: "answered: does not fit", 2: "refused in one line", 1: "traceback"}
 
