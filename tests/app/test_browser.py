@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,23 +140,51 @@ def test_it_starts_and_draws(watched: Watched, served: Served, capsys: pytest.Ca
     assert drawn - asked < 60
 
 
-def test_a_change_is_answered_and_lands_in_the_address(watched: Watched, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+#: Milliseconds from the key press to the verdict in the page, and to the end of the run, as the page itself sees them: a question
+#: that is asked from outside at every frame would take longer than the answer.
+WATCH = """wanted => {
+  window.answered = new Promise(resolve => {
+    let pressed = 0, verdict = 0;
+    document.addEventListener('keydown', () => { pressed = performance.now(); }, {once: true, capture: true});
+    const look = () => {
+      const told = [...document.querySelectorAll('[data-testid=stAlert]')].some(a => a.textContent.replace(/\\s+/g, ' ').trim() === wanted);
+      if (told && !verdict) verdict = performance.now() - pressed;
+      const app = document.querySelector('[data-testid=stApp]');
+      if (verdict && app.getAttribute('data-test-script-state') === 'notRunning') {
+        watcher.disconnect();
+        resolve([verdict, performance.now() - pressed]);
+      }
+    };
+    const watcher = new MutationObserver(look);
+    watcher.observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true, attributeFilter: ['data-test-script-state']});
+  });
+}"""
+
+
+@pytest.mark.parametrize("asked", [DEFAULT, Question("deepseek-ai/DeepSeek-V4-Pro", "h200_sxm", 64, 2**20, 4)], ids=["default", "DeepSeek-V4-Pro on 64"])
+def test_a_change_is_answered_and_lands_in_the_address(
+    watched: Watched, served: Served, asked: Question, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     page, taken = watched.page, []
-    page.goto(served.url)
-    says(page, DEFAULT)
+    page.goto(f"{served.url}/?model={asked.model.replace('/', '%2F')}&gpus={asked.gpus}")
+    says(page, asked)
     box = page.get_by_role("textbox", name="Context", exact=True)
-    for context in range(200_000, 1_200_000, 100_000):
-        question = Question(DEFAULT.model, "h200_sxm", 8, context, 4)
-        ask(question)
+    for context in range(200_000, 1_200_000, 50_000):
+        question = replace(asked, context=context)
+        wanted = " ".join(report.verdict(ask(question).plan).split())
+        page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
         box.fill(str(context))
-        start = time.perf_counter()
+        page.evaluate(WATCH, wanted)
         box.press("Enter")
-        says(page, question)
-        taken.append(time.perf_counter() - start)
+        taken.append(page.evaluate("window.answered"))
         assert f"context={context}" in page.url
     with capsys.disabled():
-        print(f"\n  from Enter to the new verdict: median {np.median(taken) * 1e3:.0f} ms, p95 {np.percentile(taken, 95) * 1e3:.0f} ms ({len(taken)} changes)")
-    assert np.percentile(taken, 95) < 5
+        (verdict, late), (whole, latest) = (np.percentile(times, [50, 95]) for times in zip(*taken, strict=True))
+        print(
+            f"\n  from Enter, {request.node.callspec.id}: verdict median {verdict:.0f} ms, p95 {late:.0f} ms; whole page median {whole:.0f} ms, "
+            f"p95 {latest:.0f} ms ({len(taken)} changes; load {os.getloadavg()[0]:.1f})"
+        )
+    assert late < 3000
 
 
 def test_a_link_is_a_question(watched: Watched, served: Served) -> None:
