@@ -20,11 +20,11 @@ NO_PRICE = "no price is known for this GPU: give one under 'Layout, engine, pric
 def metric(label: str, interval: Interval | None, unit: str, hint: str, missing: str = "") -> None:
     """A value, and below it the 80 % interval."""
     if interval is None:
-        st.metric(label, "-", help=f"{hint} {missing}".strip(), border=True)
+        st.metric(label, "-", help=f"{hint} {missing}".strip(), border=True, height="stretch")
         return
     st.metric(
         label, state.plain(report.show(interval, unit)), delta=state.plain(report.span(interval, unit)), delta_color="off", delta_arrow="off",
-        help=f"{hint} 80 % interval below; basis: {interval.basis}.", border=True,
+        help=f"{hint} 80 % interval below; basis: {interval.basis}.", border=True, height="stretch",
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def show(question: Question, answer: Read, document: dict[str, Any]) -> None:
         parts.metric("One text", served.alone.seconds if served else None, "s", "A forward pass over one text by itself.")
         parts.metric("Texts/s/GPU", served.texts_per_s_per_gpu if served else None, "", "With as many texts read together as wait and fit.")
         parts.metric("Tokens/s/GPU", served.tokens_per_s_per_gpu if served else None, "", "The same in tokens.")
-        st.metric("Longest text", f"{found.longest:,}", help="Tokens: what the positions and the memory allow.", border=True)
+        st.metric("Longest text", f"{found.longest:,}", help="Tokens: what positions and memory allow.", border=True, height="stretch")
         parts.metric("\\$ per 1M texts", served.usd_per_million_texts if served else None, "$", "US dollars per million texts, no GPU idle.", parts.NO_PRICE)
     if found.warnings:
         st.warning("\n".join(f"- {state.plain(text)}" for text in found.warnings))

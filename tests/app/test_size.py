@@ -9,11 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from simulator import question, reading_report, report
+from simulator import reading_report, report
 from simulator.cli import main
 from simulator.curves import cache_shares, op_shares, over_context
 from simulator.planner import UNLIMITED_TOKENS
 from simulator.question import Question, Read, ask
+from simulator.question import answer as answered
 from tests.app.support import MAIN, charts, lines, opened
 
 DEFAULT = Question("Qwen/Qwen2.5-14B-Instruct-1M", "h200_sxm", 8, 2**20, 4)
@@ -238,11 +239,11 @@ def test_a_rerun_is_quick(link: dict[str, str], capsys: pytest.CaptureFixture[st
 
 def test_an_encoder_is_answered_too() -> None:
     at = opened(model="google/bigbird-roberta-base", context="4K", gpus="4", concurrency="32")
-    answer = question.answer(Question("google/bigbird-roberta-base", "h200_sxm", 4, 4096, 32))
-    assert isinstance(answer, Read)
-    served = answer.reading.served
+    told = answered(Question("google/bigbird-roberta-base", "h200_sxm", 4, 4096, 32))
+    assert isinstance(told, Read)
+    served = told.reading.served
     assert served is not None
-    assert shown(at.success[0].value) == f"**{reading_report.verdict(answer.reading)}**"
+    assert shown(at.success[0].value) == f"**{reading_report.verdict(told.reading)}**"
     found = {metric.label: shown(metric.value) for metric in at.metric}
     assert found["One text"] == report.show(served.alone.seconds)
     assert found["Texts/s/GPU"] == report.show(served.texts_per_s_per_gpu, "")
