@@ -20,7 +20,7 @@ def show(question: Question, answer: Read, document: dict[str, Any]) -> None:
     else:
         st.error(f"**{told}**")
     served = found.served
-    with st.grid(min_column_width=165):
+    with st.grid(min_column_width=148):
         parts.metric("One text", served.alone.seconds if served else None, "s", "A forward pass over one text by itself.")
         parts.metric("Texts/s/GPU", served.texts_per_s_per_gpu if served else None, "", "With as many texts read together as wait and fit.")
         parts.metric("Tokens/s/GPU", served.tokens_per_s_per_gpu if served else None, "", "The same in tokens.")

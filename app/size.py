@@ -86,7 +86,7 @@ def page() -> None:
 def _metrics(answer: Answer, document: dict[str, Any]) -> None:
     plan, service = answer.plan, answer.plan.service
     longest = "any length" if plan.longest.longest >= UNLIMITED_TOKENS else f"{plan.longest.longest:,}"
-    with st.grid(min_column_width=165):
+    with st.grid(min_column_width=148):
         if service is None:
             where = f"Tokens, for {plan.request.concurrency} at once, on {plan.longest.layout}."
             st.metric("Longest context", longest if plan.longest.longest else "none", help=where, border=True)
@@ -96,7 +96,7 @@ def _metrics(answer: Answer, document: dict[str, Any]) -> None:
         parts.metric("TTFT, cold", service.cold.seconds, "s", f"Time to first token of a prompt of {plan.request.prompt:,} tokens with nothing cached.")
         parts.metric("TPOT", service.decode.seconds, "s", f"Time per output token with {plan.request.concurrency} at {plan.request.context:,} tokens.")
         st.metric(
-            "Max concurrency", f"{document['max_concurrency']:.1f}", delta=f"context to {longest}", delta_color="off",
+            "Concurrency", f"{document['max_concurrency']:.1f}", delta=f"up to {longest}", delta_color="off",
             delta_arrow="off", border=True,
             help=f"Requests of {plan.request.context:,} tokens that the cache of {plan.best.layout} holds. Below: the longest context that "
             f"{plan.request.concurrency} at once can have, on {plan.longest.layout}.",

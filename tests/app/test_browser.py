@@ -187,6 +187,30 @@ def test_a_change_is_answered_and_lands_in_the_address(
     assert late < 3000
 
 
+def test_a_stranger_is_answered_within_a_minute(watched: Watched, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another model, another number of GPUs, then why a token takes as long: three inputs and a tab, from a page never seen before."""
+    page, start = watched.page, time.perf_counter()
+    page.goto(served.url)
+    model = page.get_by_role("combobox", name="Model")
+    model.click()
+    model.fill("DeepSeek-V4-Pro")
+    page.get_by_role("option", name="deepseek-ai/DeepSeek-V4-Pro", exact=True).click()
+    gpus = page.get_by_role("spinbutton", name="GPUs")
+    gpus.fill("16")
+    gpus.press("Enter")
+    question = Question("deepseek-ai/DeepSeek-V4-Pro", "h200_sxm", 16, 2**20, 4)
+    says(page, question)
+    answered = time.perf_counter()
+    page.get_by_role("tab", name="Decode step").click()
+    service = ask(question).plan.service
+    assert service is not None
+    page.get_by_text(f"Most waits for {service.decode.binding()}").wait_for(timeout=60_000)
+    explained = time.perf_counter()
+    with capsys.disabled():
+        print(f"\n  a stranger: verdict on another model and cluster {answered - start:.1f} s after opening the page, the decode step explained {explained - start:.1f} s")
+    assert explained - start < 60
+
+
 def test_a_link_is_a_question(watched: Watched, served: Served) -> None:
     page = watched.page
     page.goto(f"{served.url}/?model=deepseek-ai%2FDeepSeek-V3.2&gpu=b200_sxm&gpus=16&context=256K&concurrency=8&cache=fp8")
