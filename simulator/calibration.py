@@ -249,9 +249,8 @@ def _is_number(value: object, *, least: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
 
 
-#: What standing in for figures nobody has published adds to the error all ops share.  Matmul ceilings of fourteen boards of three
-#: makers lie between 0.51 and 0.87 of their datasheets, 0.15 in log; as much again for caches, and for exponentials, which attention waits for.
-STAND_IN_SIGMA = 0.30
+#: What standing in for figures that are not published adds to the error all ops share.
+STAND_IN_SIGMA = observed("stand_in_sigma")
 
 
 def _assumed(gpu: Gpu) -> Calibration:

@@ -319,6 +319,8 @@ class Vllm:
                 "vLLM removed dual chunk attention (0.11): serve a local copy of the model whose config.json has no "
                 "dual_chunk_attention_config; beyond its training length quality is then not the published one"
             )
+        if cluster.gpu.vendor not in _facts()["vendors"]:
+            notes.append(f"on {cluster.gpu.vendor} accelerators vLLM runs through a plugin that was not read here: its flags and its memory may differ")
         flags: list[tuple[str, Any]] = [("tensor-parallel-size", int(layout.tp))]
         if layout.pp > 1:
             flags.append(("pipeline-parallel-size", int(layout.pp)))

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def says(page: Any, question: Question) -> None:
 DEFAULT = Question("Qwen/Qwen2.5-14B-Instruct-1M", "h200_sxm", 8, 2**20, 4)
 
 
-def test_it_starts_and_draws(watched: Watched, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_starts_and_draws(watched: Watched, served: Served, record_property: Callable[[str, object], None]) -> None:
     page = watched.page
     asked = time.perf_counter()
     page.goto(served.url)
@@ -129,11 +129,11 @@ def test_it_starts_and_draws(watched: Watched, served: Served, capsys: pytest.Ca
     answered = time.perf_counter()
     page.wait_for_selector("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg", timeout=60_000)
     drawn = time.perf_counter()
-    with capsys.disabled():
-        print(
-            f"\n  cold start: page to verdict {answered - asked:.1f} s, to the first chart {drawn - asked:.1f} s "
-            f"({drawn - served.started:.1f} s from the start of the server, the browser's own start between); load {os.getloadavg()[0]:.1f}"
-        )
+    record_property(
+        "told",
+        f"cold start: page to verdict {answered - asked:.1f} s, to the first chart {drawn - asked:.1f} s "
+        f"({drawn - served.started:.1f} s from the start of the server, the browser's own start between); load {os.getloadavg()[0]:.1f}"
+    )
     metrics = page.locator("[data-testid=stMetric]")
     metrics.nth(4).wait_for(timeout=60_000)  # they are drawn one after the other
     assert metrics.count() == 5
@@ -163,7 +163,7 @@ WATCH = """wanted => {
 
 @pytest.mark.parametrize("asked", [DEFAULT, Question("deepseek-ai/DeepSeek-V4-Pro", "h200_sxm", 64, 2**20, 4)], ids=["default", "DeepSeek-V4-Pro on 64"])
 def test_a_change_is_answered_and_lands_in_the_address(
-    watched: Watched, served: Served, asked: Question, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    watched: Watched, served: Served, asked: Question, record_property: Callable[[str, object], None], request: pytest.FixtureRequest
 ) -> None:
     page, taken = watched.page, []
     page.goto(f"{served.url}/?model={asked.model.replace('/', '%2F')}&gpus={asked.gpus}")
@@ -178,16 +178,16 @@ def test_a_change_is_answered_and_lands_in_the_address(
         box.press("Enter")
         taken.append(page.evaluate("window.answered"))
         assert f"context={context}" in page.url
-    with capsys.disabled():
-        (verdict, late), (whole, latest) = (np.percentile(times, [50, 95]) for times in zip(*taken, strict=True))
-        print(
-            f"\n  from Enter, {request.node.callspec.id}: verdict median {verdict:.0f} ms, p95 {late:.0f} ms; whole page median {whole:.0f} ms, "
-            f"p95 {latest:.0f} ms ({len(taken)} changes; load {os.getloadavg()[0]:.1f})"
-        )
+    (verdict, late), (whole, latest) = (np.percentile(times, [50, 95]) for times in zip(*taken, strict=True))
+    record_property(
+        "told",
+        f"from Enter, {request.node.callspec.id}: verdict median {verdict:.0f} ms, p95 {late:.0f} ms; whole page median {whole:.0f} ms, "
+        f"p95 {latest:.0f} ms ({len(taken)} changes; load {os.getloadavg()[0]:.1f})"
+    )
     assert late < 3000
 
 
-def test_a_stranger_is_answered_within_a_minute(watched: Watched, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stranger_is_answered_within_a_minute(watched: Watched, served: Served, record_property: Callable[[str, object], None]) -> None:
     """Another model, another number of GPUs, then why a token takes as long: three inputs and a tab, from a page never seen before."""
     page, start = watched.page, time.perf_counter()
     page.goto(served.url)
@@ -206,8 +206,7 @@ def test_a_stranger_is_answered_within_a_minute(watched: Watched, served: Served
     assert service is not None
     page.get_by_text(f"Most waits for {service.decode.binding()}").wait_for(timeout=60_000)
     explained = time.perf_counter()
-    with capsys.disabled():
-        print(f"\n  a stranger: verdict on another model and cluster {answered - start:.1f} s after opening the page, the decode step explained {explained - start:.1f} s")
+    record_property("told", f"a stranger: verdict on another model and cluster {answered - start:.1f} s after opening the page, the decode step explained {explained - start:.1f} s")
     assert explained - start < 60
 
 
