@@ -131,7 +131,8 @@ def _over_context(curve: Curve, asked: int, lines: dict[str, Any], label: str) -
         for context, value, fit in zip(contexts, values.tolist(), fits, strict=True)
     ]
     domain = _around([row["value"] for row in rows], _STEPS)
-    x, y = _length("context", "context, tokens", contexts), _log("value", None, label, _STEPS, domain)
+    tens = [ten for ten in _TENS if domain[0] <= ten <= domain[1]]
+    x, y = _length("context", "context, tokens", contexts), _log("value", None, label, tens if len(tens) > 2 else _STEPS, domain)  # noqa: PLR2004
     colour: Spec = {"field": "line", "type": "nominal", "sort": list(lines), "legend": _TOP if len(lines) > 1 else None}
     tooltip = [{"field": "line"}, {"field": "context", "format": ","}, {"field": "value", "format": ".4~g"}, {"field": "fits"}]
     line = {"x": x, "y": y, "color": colour, "tooltip": tooltip}
@@ -280,7 +281,7 @@ def windows(found: Sequence[ContextWindow]) -> Spec:
         }
         for w in found if w.effective_tokens is not None
     ]  # fmt: skip
-    years = {"domain": [{"year": 2020, "month": 1}, {"year": 2027, "month": 6}]}
+    years = {"domain": [{"year": 2020, "month": 1}, {"year": 2028, "month": 3}]}
     x = {"field": "date", "type": "temporal", "title": None, "scale": years, "axis": {"format": "%Y", "tickCount": "year", "grid": False}}
     y = {**_length("tokens", "tokens", [1024, 2**24]), "axis": {"values": _POWERS_OF_TWO[10:25:2], "labelExpr": _TOKENS}}
     kinds = ["offered", "shown to be used", "shown to be used, at least"]

@@ -7,28 +7,34 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app import charts, state
+from app import charts, parts, reading, state
 from simulator import report, tables
-from simulator.curves import cache_shares, op_shares, over_context
-from simulator.estimate import Estimate, Interval
+from simulator.curves import cache_shares, over_context
+from simulator.estimate import Estimate
 from simulator.planner import UNLIMITED_TOKENS
-from simulator.question import Answer, Question, ask
+from simulator.question import Answer, Question, Read
+from simulator.question import answer as ask
 from simulator.units import SECONDS, gib
-
-_NO_PRICE = "no price is known for this GPU: give one under 'Layout, engine, price'"
 
 
 @st.cache_resource(max_entries=64, ttl=120, show_spinner=False)
-def answered(question: Question) -> tuple[Answer, dict[str, Any]]:
-    """The answer and its document; plans hold arrays and are read only."""
-    answer = ask(question)
-    return answer, answer.document()
+def answered(question: Question) -> Answer | Read:
+    """The answer; plans hold arrays and are read only."""
+    return ask(question)
+
+
+@st.cache_resource(max_entries=64, ttl=120, show_spinner=False)
+def documented(question: Question) -> dict[str, Any]:
+    """Its document."""
+    told: dict[str, Any] = answered(question).document()
+    return told
 
 
 @st.cache_resource(max_entries=64, ttl=120, show_spinner=False)
 def pictures(question: Question) -> dict[str, charts.Spec]:
     """Every chart of the page."""
-    answer, document = answered(question)
+    answer, document = answered(question), documented(question)
+    assert isinstance(answer, Answer)
     plan, context = answer.plan, answer.plan.request.context
     curve = over_context(plan, answer.inputs["price_usd_per_gpu_hour"])
     drawn = {
@@ -47,7 +53,7 @@ def page() -> None:
     notes = state.link_notes()
     try:
         question = state.sidebar()
-        answer, document = answered(question)
+        answer = answered(question)
     except ValueError as error:
         st.error(state.plain(str(error)), icon="⚠️")
         for note in notes:
@@ -55,12 +61,16 @@ def page() -> None:
         return
     for note in state.current(notes, question):
         st.warning(state.plain(note))
+    if isinstance(answer, Read):
+        reading.show(question, answer, documented(question))
+        return
     plan = answer.plan
     told = state.plain(report.verdict(plan))
     if plan.fits:
         st.success(f"**{told}**")
     else:
         st.error(f"**{told}**")
+    document = documented(question)
     _metrics(answer, document)
     if plan.warnings:
         st.warning("\n".join(f"- {state.plain(text)}" for text in plan.warnings))
@@ -73,87 +83,62 @@ def page() -> None:
 # ---- figures
 
 
-def _metric(label: str, interval: Interval | None, unit: str, hint: str, missing: str = "") -> None:
-    if interval is None:
-        st.metric(label, "-", help=f"{hint} {missing}".strip(), border=True)
-        return
-    st.metric(
-        label, state.plain(report.show(interval, unit)), delta=state.plain(report.span(interval, unit)), delta_color="off", delta_arrow="off",
-        help=f"{hint} 80 % interval below; basis: {interval.basis}.", border=True,
-    )  # fmt: skip
-
-
 def _metrics(answer: Answer, document: dict[str, Any]) -> None:
     plan, service = answer.plan, answer.plan.service
     longest = "any length" if plan.longest.longest >= UNLIMITED_TOKENS else f"{plan.longest.longest:,}"
-    with st.grid(min_column_width=165):
+    with st.grid(min_column_width=148):
         if service is None:
             where = f"Tokens, for {plan.request.concurrency} at once, on {plan.longest.layout}."
             st.metric("Longest context", longest if plan.longest.longest else "none", help=where, border=True)
             st.metric("Smallest cluster", f"{plan.smallest_gpus} GPUs" if plan.smallest_gpus else "none", help="Of this GPU, up to 1,024.", border=True)
             st.metric("Short per GPU", gib(plan.best.short_bytes), help=f"On {plan.best.layout}.", border=True)
             return
-        _metric("TTFT, cold", service.cold.seconds, "s", f"Time to first token of a prompt of {plan.request.prompt:,} tokens with nothing cached.")
-        _metric("TPOT", service.decode.seconds, "s", f"Time per output token with {plan.request.concurrency} at {plan.request.context:,} tokens.")
+        parts.metric("TTFT, cold", service.cold.seconds, "s", f"Time to first token of a prompt of {plan.request.prompt:,} tokens with nothing cached.")
+        parts.metric("TPOT", service.decode.seconds, "s", f"Time per output token with {plan.request.concurrency} at {plan.request.context:,} tokens.")
         st.metric(
-            "Max concurrency", f"{document['max_concurrency']:.1f}", delta=f"context to {longest}", delta_color="off",
+            "Concurrency", f"{document['max_concurrency']:.1f}", delta=f"up to {longest}", delta_color="off",
             delta_arrow="off", border=True,
             help=f"Requests of {plan.request.context:,} tokens that the cache of {plan.best.layout} holds. Below: the longest context that "
             f"{plan.request.concurrency} at once can have, on {plan.longest.layout}.",
         )  # fmt: skip
-        _metric("Tokens/s/GPU", service.output_tokens_per_s_per_gpu, "", "Output tokens per second and GPU while decoding.")
-        _metric("\\$ per 1M output", service.usd_per_million_output, "$", "US dollars per million output tokens, no GPU idle.", _NO_PRICE)
+        parts.metric("Tokens/s/GPU", service.output_tokens_per_s_per_gpu, "", "Output tokens per second and GPU while decoding.")
+        parts.metric("\\$ per 1M output", service.usd_per_million_output, "$", "US dollars per million output tokens, no GPU idle.", parts.NO_PRICE)
 
 
 # ---- pictures
-
-
-def _draw(spec: charts.Spec, title: str, note: str = "") -> None:
-    with st.container(gap="xsmall"):
-        st.markdown(f"**{title}**", help=note or None)
-        st.vega_lite_chart(spec, width="stretch")
 
 
 def _pictures(question: Question, answer: Answer) -> None:
     plan, drawn = answer.plan, pictures(question)
     slope = float(plan.model.cache_slope(float(plan.request.context)))
     with st.grid(min_column_width=420):
-        _draw(drawn["memory"], "Memory of the fullest GPU", "As vLLM allocates it; the bar must end before the dashed and solid limits.")
-        _draw(drawn["cache"], f"Cache: {slope:,.0f} B per further token", "By architecture and kind of layer, as the mean per token over the asked context.")
+        parts.draw(drawn["memory"], "Memory of the fullest GPU", "As vLLM allocates it; the bar must end before the dashed and solid limits.")
+        parts.draw(drawn["cache"], f"Cache: {slope:,.0f} B per further token", "By architecture and kind of layer, the mean per token over the asked context.")
     with st.grid(min_column_width=300):
-        _draw(drawn["ttft"], "TTFT over context", "Cold prompt, the chosen layout kept. Ringed: asked. Dashed: longer than fits.")
-        _draw(drawn["tpot"], "TPOT over context", f"{plan.request.concurrency} at once, the chosen layout kept.")
+        parts.draw(drawn["ttft"], "TTFT over context", "Cold prompt, the chosen layout kept. Ringed: asked. Dashed: longer than fits.")
+        parts.draw(drawn["tpot"], "TPOT over context", f"{plan.request.concurrency} at once, the chosen layout kept.")
         if "price" in drawn:
-            _draw(drawn["price"], "\\$ per million tokens", "Input by the cold prefill, output by the decode step at this concurrency.")
+            parts.draw(drawn["price"], "\\$ per million tokens", "Input by the cold prefill, output by the decode step at this concurrency.")
         else:
-            st.info(_NO_PRICE)
+            st.info(parts.NO_PRICE)
 
 
 # ---- tables
 
 
+@st.fragment
 def _why(answer: Answer) -> None:
+    """The ops of the open tab; another is drawn when it is opened."""
     service = answer.plan.service
     st.subheader("Why", anchor=False)
     if service is None:
         st.info("No times for a request that does not fit.")
         return
     asked: dict[str, Estimate] = {"Cold prefill": service.cold, f"Prefill, {service.cached_tokens:,} cached": service.hit, "Decode step": service.decode}
-    for tab, estimate in zip(st.tabs(list(asked)), asked.values(), strict=True):
-        with tab:
-            st.caption(state.plain(
-                f"{report.show(estimate.seconds)} (80 %: {report.span(estimate.seconds)}); bound {SECONDS.show(estimate.lower, 3)}, nothing overlapped "
-                f"{SECONDS.show(estimate.upper, 3)}. Most waits for {estimate.binding()}. Calibration: {estimate.calibration.description}"
-            ))  # fmt: skip
-            rows = [
-                {
-                    "op": op.name, "times": op.count, "time": SECONDS.show(op.seconds, 2), "share": op.share_percent, "bound / time": op.bound_percent,
-                    "what binds": op.bound_by, "basis": op.basis,
-                }
-                for op in op_shares(estimate)
-            ]  # fmt: skip
-            percent = {name: st.column_config.ProgressColumn(name, format="%.1f %%", min_value=0.0, max_value=100.0) for name in ("share", "bound / time")}
-            st.dataframe(pd.DataFrame(rows), hide_index=True, column_config={**percent, "times": st.column_config.NumberColumn(format="localized")}, height=318)
+    for tab, estimate in zip(st.tabs(list(asked), on_change="rerun"), asked.values(), strict=True):
+        if tab.open:
+            with tab:
+                parts.ops(estimate)
 
 
 def _engines(document: dict[str, Any], architecture: float) -> None:
@@ -175,7 +160,7 @@ def _layouts(answer: Answer, document: dict[str, Any]) -> None:
         "layout": "layout", "fits": "fits", "max_concurrency": "max concurrency", "max_context_tokens": "longest context", "ttft_s": "TTFT", "tpot_s": "TPOT",
         "request_s": "mean request", "reason": "why not",
     }  # fmt: skip
-    shown = _alternatives(document)[list(names)].rename(columns=names)
+    shown = parts.alternatives(document)[list(names)].rename(columns=names)
     for name in ("TTFT", "TPOT", "mean request"):
         shown[name] = [SECONDS.show(value, 3) if value == value else "" for value in shown[name].astype(float)]  # noqa: PLR0124 (NaN is not itself)
     st.dataframe(
@@ -192,10 +177,6 @@ def _layouts(answer: Answer, document: dict[str, Any]) -> None:
     _engines(document, float(plan.model.cache_bytes(float(plan.request.context))))
 
 
-def _alternatives(document: dict[str, Any]) -> pd.DataFrame:
-    return pd.DataFrame(document["alternatives"])
-
-
 def _start(question: Question, answer: Answer, document: dict[str, Any]) -> None:
     st.subheader("Start it", anchor=False)
     command, notes = report.launch(answer.plan)
@@ -203,11 +184,5 @@ def _start(question: Question, answer: Answer, document: dict[str, Any]) -> None
         st.code(command, language="bash", wrap_lines=True)
     for note in notes:
         st.caption(state.plain(note))
-    st.markdown("**The same question in a terminal** (the address of this page is a link to it)")
-    st.code(state.as_command(question), language="bash", wrap_lines=True)
-    name = f"longctx-{answer.plan.model.name.split('/')[-1]}-{state.short(answer.plan.request.context)}"
-    with st.container(horizontal=True):
-        st.download_button("Answer, JSON", report.emit(document), f"{name}.json", "application/json", on_click="ignore")
-        st.download_button("Layouts, CSV", _alternatives(document).to_csv(index=False), f"{name}-layouts.csv", "text/csv", on_click="ignore")
-    with st.expander("Inputs and defaults"):
-        st.dataframe(pd.DataFrame({"input": list(answer.inputs), "value": [str(value) for value in answer.inputs.values()]}), hide_index=True)
+    parts.downloads(question, document)
+    parts.inputs(answer.inputs)

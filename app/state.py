@@ -28,8 +28,8 @@ _NOTES = "_link_notes"
 
 @cache
 def gpus() -> tuple[str, ...]:
-    """GPUs that ship with the tool and whose times can be told."""
-    return hardware.timed()
+    """GPUs that ship with the tool."""
+    return hardware.catalog()
 
 
 # ---- links
@@ -155,10 +155,12 @@ def current(notes: list[str], question: Question) -> list[str]:
 
 def as_command(question: Question) -> str:
     """The same question to the command line."""
+    usual = Question(question.model)
     told = ["longctx", "size", question.model, "--gpu", question.gpu, "--gpus", str(question.gpus), "--context", short(question.context)]
     told += ["--concurrency", str(question.concurrency)]
     options = {
-        "output": question.output, "prefix-hit": question.prefix_hit, "weights": question.weights, "cache": question.cache,
+        "output": question.output, "prefix-hit": None if question.prefix_hit == usual.prefix_hit else question.prefix_hit,
+        "weights": question.weights, "cache": question.cache,
         "memory-fraction": question.memory_fraction, "chunk": question.chunk, "price": question.price_usd_per_gpu_hour, **dict(question.degrees),
     }  # fmt: skip
     for name, value in options.items():

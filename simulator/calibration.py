@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simulator.data import data_path, observed
-from simulator.hardware import TIMED, Gpu
+from simulator.hardware import STAND_IN, Gpu
 from simulator.hardware import gpu as named
 from simulator.units import Fraction, Seconds
 
@@ -132,7 +132,6 @@ def user_folder() -> Path:
 
 @cache
 def _load(gpu: Gpu) -> Calibration:
-    gpu.need(TIMED, "a time")
     families = dict(_assumed(gpu).families)
     for name, title in ((gpu.name, ""), (gpu.borrows, f"{gpu.name} borrows the shape of ")):
         top: Calibration | None = None
@@ -174,15 +173,16 @@ def carried(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Cons
     what a tile spends beside its products (fetching operands, softmax, write-out) is as long on a slower tensor core.
     sustained' = sustained (W' / P') / (W / P), heat' = heat (B' / W') / (B / W), W the board power, P the tensor peak, B the memory
     rate: the same joules per FLOP and per byte.  Shares of memory and of exponentials, pieces, waves and fixed times are the lender's.
-    Where one board's power is not known, both count as equal.
+    A power that is not known counts as in proportion to the peak: the same share of it is sustained.
     Neglected: other voltages and memory generations, and instructions that only one of the two has.
     """
     dtype = family[2] if gpu.supports(family[2]) and lender.supports(family[2]) else "bf16"
-    rate = gpu.flops_per_clock[dtype] / lender.flops_per_clock[dtype]
-    watts = gpu.tdp_w / lender.tdp_w if gpu.tdp_w and lender.tdp_w else 1.0
+    rate = gpu.flops_per_unit_clock(dtype) / lender.flops_per_unit_clock(dtype)
+    peak = gpu.peak_flops_per_s(dtype) / lender.peak_flops_per_s(dtype)
+    watts = gpu.tdp_w / lender.tdp_w if gpu.tdp_w and lender.tdp_w else peak
     return replace(
         constants, tensor=1 / (1 + (1 / constants.tensor - 1) * rate), depth_half=constants.depth_half * rate,
-        sustained=constants.sustained * watts * lender.peak_flops_per_s(dtype) / gpu.peak_flops_per_s(dtype),
+        sustained=constants.sustained * watts / peak,
         heat=constants.heat / watts * gpu.hbm_bytes_per_s / lender.hbm_bytes_per_s,
     )  # fmt: skip
 
@@ -249,8 +249,8 @@ def _is_number(value: object, *, least: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
 
 
-#: The board whose tensor cores the priors of no architecture describe.
-PRIOR_GPU = "h200_sxm"
+#: What standing in for figures that are not published adds to the error all ops share.
+STAND_IN_SIGMA = observed("stand_in_sigma")
 
 
 def _assumed(gpu: Gpu) -> Calibration:
@@ -262,7 +262,7 @@ def _assumed(gpu: Gpu) -> Calibration:
     file = data_path("calibration", "priors.toml")
     priors, everywhere = (read_profile(file, gpu.name, "prior", architecture) for architecture in (gpu.architecture, ""))
     families = {
-        family: carried(family, c, gpu, named(PRIOR_GPU)) if everywhere.families.get(family) == c else c for family, c in priors.families.items()
+        family: carried(family, c, gpu, named(STAND_IN)) if everywhere.families.get(family) == c else c for family, c in priors.families.items()
     }  # fmt: skip
     for (kernel, impl, _), constants in list(families.items()):
         if kernel != "gemm":
@@ -273,4 +273,8 @@ def _assumed(gpu: Gpu) -> Calibration:
             limits = {"sustained": left ** (-1 / p)} if left > 0 else {"tensor": share, "sustained": 0.0}
             cited = gpu.sources.get(f"attained.{dtype}", "see data/hardware")
             families[kernel, impl, dtype] = replace(constants, **limits, source=f"published matmul ceiling, {cited}; shape: {constants.source}")
-    return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")
+    if not gpu.assumed:
+        return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")
+    families = {family: replace(c, basis="assumed") for family, c in families.items()}
+    told = f"{gpu.name}: no measurements, and {', '.join(gpu.assumed)} not published: documented priors, in proportion to an H200"
+    return Calibration(gpu.name, families, math.hypot(priors.common_sigma, STAND_IN_SIGMA), told)

@@ -72,16 +72,15 @@ class OpShare:
 
 def op_shares(estimate: Estimate) -> list[OpShare]:
     """The ops of an estimate, longest first; shares are of their sum, nothing overlapped."""
-    rows = report.estimate_document(estimate, {}, [])["rows"]
+    rows = report.by_op(report.estimate_document(estimate, {}, [])["rows"])
     total = sum(row["seconds"] for row in rows) or 1.0
-    found = [
+    return [
         OpShare(
             row["name"], row["count"], row["seconds"], 100 * row["seconds"] / total, 100 * row["lower"] / row["seconds"] if row["seconds"] else 100.0,
             row["bound_by"], row["basis"],
         )
         for row in rows
     ]  # fmt: skip
-    return sorted(found, key=lambda op: -op.seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,9 @@ def document(before: Mapping[str, Any], after: Mapping[str, Any], inputs: dict[s
 
 
 def _term(kind: str, name: str, before: float, after: float, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, "name": name, "before": before, "after": after, "difference": after - before, **more}
+    """What rounding alone moved did not move."""
+    moved = after - before
+    return {"kind": kind, "name": name, "before": before, "after": after, "difference": moved if abs(moved) > 1e-9 * abs(before) else 0.0, **more}
 
 
 def _value(seconds: Any) -> float:
@@ -125,7 +127,9 @@ def print_diff(told: dict[str, Any], console: Console) -> None:
         def signed(value: float, tell: Callable[[float], str] = tell) -> str:
             return ("+" if value > 0 else "-" if value < 0 else "") + tell(abs(value))
 
-        terms = [term for term in told["terms"] if term["kind"] == kind]
+        terms = [term for term in told["terms"] if term["kind"] == kind and term["difference"]]
+        still = [term["name"] for term in told["terms"] if term["kind"] == kind and not term["difference"]]
+
         def plain(value: float, tell: Callable[[float], str] = tell) -> str:
             return ("-" if value < 0 else "") + tell(abs(value))
 
@@ -136,6 +140,8 @@ def print_diff(told: dict[str, Any], console: Console) -> None:
             total = told["totals"][kind]
             rows.append(["total", plain(total["before"]), plain(total["after"]), signed(total["difference"]), _relative(total), ""])
         _table(console, title, ["term", "before", "after", "difference", "of before", "work that moved"], rows)
+        if still:
+            console.print(f"did not move: {', '.join(dict.fromkeys(still))}\n", style="dim", highlight=False, soft_wrap=True)
 
 
 def _relative(term: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from simulator.calibration import Calibration
-from simulator.hardware import TIMED, Gpu, catalog, cluster, gpu, own, price
+from simulator.hardware import Gpu, catalog, cluster, gpu, own, price
 from simulator.report import _head, _table
 from simulator.units import gib, significant
 
@@ -28,7 +28,6 @@ def document(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _entry(part: Gpu, *, ships: bool) -> dict[str, Any]:
     cost, link = price(part), cluster(part).tiers[0]
-    unknown = part.unknown(TIMED)
     return {
         "name": part.name, "title": part.title, "vendor": part.vendor, "architecture": part.architecture, "ships": ships,
         "capacity_bytes": part.capacity_bytes, "usable_bytes": part.usable_bytes, "hbm_bytes_per_s": part.hbm_bytes_per_s or None,
@@ -37,8 +36,9 @@ def _entry(part: Gpu, *, ships: bool) -> dict[str, Any]:
         "link": {"name": link.name, "bytes_per_s": link.bytes_per_s, "gpus": link.domain if link.kind != "network" else None},
         "gpus_per_node": part.gpus_per_node, "tdp_w": part.tdp_w or None,
         "price_usd_per_gpu_hour": {end: getattr(cost, end, None) for end in ("low", "typical", "high")},
-        "calibration": None if unknown else Calibration.load(part).description,
-        "unknown": [*unknown, *part.unknown(("tdp_w",))], "sources": {**part.sources, **{f"price.{k}": v for k, v in (cost.sources if cost else {}).items()}},
+        "calibration": Calibration.load(part).description,
+        "unknown": [*part.assumed, *part.unknown(("tdp_w",))],
+        "sources": {**part.sources, **{f"price.{k}": v for k, v in (cost.sources if cost else {}).items()}},
     }  # fmt: skip
 
 
@@ -60,16 +60,17 @@ def print_gpus(told: dict[str, Any], console: Console) -> None:
     _table(console, f"{len(rows)} accelerators", columns, rows)
     console.print(
         "Rates: dense TFLOP/s (int8: TOP/s) of the datasheet; link: one direction per GPU, and how many GPUs it joins; $/h: typical, on demand,\n"
-        "where a dated price was found.  No time is told where a figure it needs is not known.  Sources: longctx gpus --json.",
+        "where a dated price was found.  Assumed: figures that times need are not published and taken in proportion to an H200; times carry wide\n"
+        "intervals.  Sources, and what is not known: longctx gpus --json.",
         style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
 def _basis(entry: dict[str, Any]) -> str:
     """On what a time rests, in few words."""
-    if entry["calibration"] is None:
-        return f"no times: {', '.join(entry['unknown'])} not known"
     told: str = entry["calibration"]
+    if "not published" in told:
+        return "assumed"
     lender = told.partition(" borrows the shape of ")[2]
     if lender:
         return f"borrows {lender.partition(':')[0]}"

@@ -4,7 +4,8 @@
 
 The maximum clock makes the peak a bound; the datasheet rate (boost clock) and the best measured product (`attained`)
 stand beside it.  Where no clock is known the datasheet's rate stands for the peak.  FLOP/s are dense, link rates one
-direction per GPU, capacity is what the driver reports.  The source of each figure is in `Gpu.sources`.  Message latencies
+direction per GPU, capacity is what the driver reports.  The source of each figure is in `Gpu.sources`.  Figures that a time
+needs and nobody has published are taken in proportion from another GPU (`_stand_in`) and named in `Gpu.assumed`.  Message latencies
 are NCCL's own seeds (`data/hardware/links.toml`).  A user's own GPUs are read by `simulator.hardware_file`.
 """
 
@@ -41,9 +42,11 @@ from simulator.units import (
 )
 
 MAX_GPUS = 1_000_000
-#: What the time of an op needs to know of a GPU.
-TIMED = ("units", "max_clock_hz", "sfu_per_clock", "hbm_bytes_per_s", "l2_bytes")
-FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16"}
+#: What the time of an op needs to know of a GPU beside its rates.
+TIMED = ("units", "max_clock_hz", "sfu_per_clock", "l2_bytes")
+#: The GPU whose proportions stand in for figures that are not published: the one that the priors describe.
+STAND_IN = "h200_sxm"
+FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16", "fp16": "bf16"}
 """The type a product runs in on a GPU that lacks the rate of its own type."""
 
 
@@ -72,7 +75,7 @@ class Link:
 class Gpu:
     """One accelerator.  Figures "per unit" are per SM (NVIDIA) or CU (AMD).
 
-    A figure of 0 is not known; `need` says so where it is needed.
+    A figure of 0 is not known; `assumed` names those of `TIMED` that are not published and were taken in proportion from another.
     `usable_bytes` is what the framework offers of `capacity_bytes` (torch `total_memory`), or the capacity where that is unknown.
     `l2_bytes` is the last cache before HBM.  `gpus_per_node` counts the GPUs of one host, which may be
     fewer than its scale-up domain.  `attained` holds the best matrix products measured, in FLOP/s by dtype;
@@ -104,31 +107,16 @@ class Gpu:
     sources: Mapping[str, str] = field(hash=False, repr=False)
     borrows: str = ""
     price_usd_per_gpu_hour: float | None = None
+    assumed: tuple[str, ...] = ()
 
     def unknown(self, figures: Sequence[str]) -> list[str]:
         """Which of `figures` are not known."""
         return [name for name in figures if not getattr(self, name)]
 
-    def need(self, figures: Sequence[str], what: str) -> None:
-        """Refuse to answer `what` where one of `figures` is not known.
-
-        >>> gpu("tpu_v5e").need(["l2_bytes"], "a time")
-        Traceback (most recent call last):
-        ValueError: gpu tpu_v5e: l2_bytes not known, which a time needs; give it in a file of your own, --gpu my.toml with like = 'tpu_v5e'
-        """
-        unknown = self.unknown(figures)
-        if unknown:
-            it = "it" if len(unknown) == 1 else "them"
-            message = (
-                f"gpu {self.name}: {', '.join(unknown)} not known, which {what} needs; "
-                f"give {it} in a file of your own, --gpu my.toml with like = {self.name!r}"
-            )
-            raise ValueError(message)
-
-    @property
-    def vector_flops_per_clock(self) -> float:
-        """fp32 FLOP per clock per unit outside the tensor cores (a fused multiply-add counts two)."""
-        return self.flops_per_clock["fp32"]
+    def flops_per_unit_clock(self, dtype: str) -> float:
+        """FLOP of one unit in one clock: the stated figure, else peak / (units x clock)."""
+        kind = self.runs_as(dtype)
+        return self.flops_per_clock.get(kind) or float(self.peak_flops_per_s(kind) / (self.units * self.max_clock_hz))
 
     @property
     def sfu_per_s(self) -> float:
@@ -295,11 +283,6 @@ def catalog() -> tuple[str, ...]:
     return tuple(sorted(set(_spellings().values())))
 
 
-def timed() -> tuple[str, ...]:
-    """The names of those of which all is known that a time needs."""
-    return tuple(name for name in catalog() if not gpu(name).unknown(TIMED))
-
-
 def own() -> tuple[str, ...]:
     """The names of the GPUs in the user's folder."""
     return tuple(sorted({hardware_file.plain(file.stem) for file in _owned(hardware_file.user_folder()).values()}))
@@ -415,11 +398,31 @@ def _made(data: Mapping[str, Any]) -> Gpu:
     figures: dict[str, Any] = dict.fromkeys(_MAY_BE_UNKNOWN, 0.0)
     figures |= {"sustained_clock_hz": None, "shared_memory_bytes_per_unit": None, **_values(data["figures"])}
     figures.setdefault("usable_bytes", figures["capacity_bytes"])
+    assumed = tuple(name for name in TIMED if not figures[name])
+    if assumed:
+        figures |= _stand_in(figures, float(data["datasheet"]["bf16"]["value"]))
     figures["gpus_per_node"] = int(figures["gpus_per_node"])
     identity = {key: data.get(key, "") for key in ("name", "title", "vendor", "architecture", "compute_capability", "borrows")}
     tables: dict[str, Any] = {name: _values(table) for name, table in rates.items()}
     price_usd = data.get("price_usd_per_gpu_hour")
-    return Gpu(**identity, **figures, **tables, links=tuple(links), sources=sources, price_usd_per_gpu_hour=price_usd)
+    return Gpu(**identity, **figures, **tables, links=tuple(links), sources=sources, price_usd_per_gpu_hour=price_usd, assumed=assumed)
+
+
+def _stand_in(figures: Mapping[str, float], bf16_flops_per_s: float) -> dict[str, float]:
+    """What is not published of an accelerator, as if it were its dense bf16 rate's worth of an H200: as many more of its SMs,
+    of its L2 and of its exponentials per second, at its boost clock.
+
+    Kernels then attain the H200's shares of the peak and of the bandwidth, which is the meaning of an assumed time.
+    """
+    lender = _load(STAND_IN)
+    worth, boost = bf16_flops_per_s / lender.datasheet["bf16"], float(lender.boost_clock_hz)
+    clock = figures["max_clock_hz"] or boost
+    units = figures["units"] or worth * lender.units * boost / clock
+    exponentials = worth * lender.units * boost * lender.sfu_per_clock
+    return {
+        "max_clock_hz": clock, "boost_clock_hz": figures["boost_clock_hz"] or clock, "units": units,
+        "sfu_per_clock": figures["sfu_per_clock"] or exponentials / (units * clock), "l2_bytes": figures["l2_bytes"] or worth * float(lender.l2_bytes),
+    }  # fmt: skip
 
 
 _MAY_BE_UNKNOWN = ("units", "max_clock_hz", "boost_clock_hz", "sfu_per_clock", "hbm_bytes_per_s", "l2_bytes", "tdp_w")

@@ -215,8 +215,8 @@ def size(
     Errors: ValueError where the degrees break a rule or make no layout of the cluster's GPUs.
     """
     engine, calibration = engine or Vllm(), calibration or Calibration.load(machine.gpu)
-    allowed, refused = _allowed(model, machine, engine, fixed or {})
-    candidates = _ranked(model, allowed, machine, request, engine, calibration)
+    kept, refused = allowed(model, machine, engine, fixed or {})
+    candidates = _ranked(model, kept, machine, request, engine, calibration)
     best, second = candidates[0], candidates[1] if len(candidates) > 1 and candidates[1].fits else None
     service = None
     if best.fits:
@@ -268,10 +268,10 @@ def plan(
     Errors: ValueError where the degrees of `fixed` break a rule or make no layout of the cluster's GPUs.
     """
     engine, calibration = engine or Vllm(), calibration or Calibration.load(machine.gpu)
-    allowed, refused = _allowed(model, machine, engine, fixed or {})
+    kept, refused = allowed(model, machine, engine, fixed or {})
     price = machine.price_usd_per_gpu_hour if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour
     found = []
-    for place, c in enumerate(_ranked(model, allowed, machine, request, engine, calibration)):
+    for place, c in enumerate(_ranked(model, kept, machine, request, engine, calibration)):
         told = f"fits: {gib(-c.short_bytes)} of cache free per GPU" if c.fits else f"does not fit: {reason(c, model, machine, request)}"
         service = None
         if c.fits and place < detailed:
@@ -289,7 +289,7 @@ def _ranked(
     return timed(model, [c for c in candidates if c.fits], machine, request, engine, calibration) + short
 
 
-def _allowed(
+def allowed(
     model: ModelSpec, machine: Cluster, engine: Vllm, fixed: dict[str, Any]
 ) -> tuple[list[Layout], list[tuple[Layout, str]]]:
     """Layouts of the grid that obey every rule; the others with the first one they break.  All degrees given: that layout
@@ -363,8 +363,10 @@ def smallest(model: ModelSpec, machine: Cluster, request: Request, engine: Vllm)
     counts = [n for n in (1, 2, 4, 8) if n <= machine.gpus_per_node]
     node = machine.gpus_per_node
     counts += [n * node for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n * node <= _MOST_GPUS]
-    weights = float(model.weight_bytes())
+    weights, joined = float(model.weight_bytes()), max((link.domain for link in machine.tiers), default=1)
     for count in counts:
+        if count > joined:
+            break
         tried = cluster(machine.gpu, count)
         if weights > count * float(machine.gpu.usable_bytes):
             continue
@@ -382,4 +384,7 @@ def warnings(model: ModelSpec, request: Request, machine: Cluster) -> list[str]:
     used = {layer.weight.math.name for layer in model.layers if hasattr(layer, "weight")}
     lacking = sorted(math for math in used if not machine.gpu.supports(math))
     found += [f"{machine.gpu.name} has no {math} arithmetic: {math} weights are multiplied in {machine.gpu.runs_as(math)}" for math in lacking]
+    if machine.gpu.assumed:
+        told = ", ".join(machine.gpu.assumed)
+        found.append(f"{machine.gpu.name}: not published: {told} (taken in proportion to an H200's: times are assumed)")
     return found

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from simulator import planner, report, tables
+from simulator import planner, reading, reading_report, report, tables
 from simulator.engines import Vllm
-from simulator.hardware import cluster
+from simulator.hardware import Cluster, cluster
 from simulator.hardware import price as listed
 from simulator.hf import load_model, with_formats
+from simulator.model import ModelSpec
 from simulator.planner import Plan
+from simulator.reading import Reading
 from simulator.serving import Request
 
 #: Degrees that multiply into a number of GPUs.
@@ -54,34 +56,89 @@ class Answer:
         return report.size_document(found, self.inputs, held)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """An encoder's answer with every input resolved."""
+
+    reading: Reading
+    inputs: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """The keys of `size`; null where an encoder has no such thing."""
+        return reading_report.document(self.reading, self.inputs)
+
+
+def answer(question: Question) -> Answer | Read:
+    """`ask`, or for an encoder `reading.read`.  Errors: ValueError with value, rule and remedy."""
+    spec = _model(question)
+    return _read(question, spec) if reading.reads_at_once(spec) else _asked(question, spec)
+
+
 def ask(question: Question) -> Answer:
-    """Does it fit, how, how fast, how dear.  Errors: ValueError with value, rule and remedy."""
-    context, degrees, price = question.context, dict(question.degrees), question.price_usd_per_gpu_hour
-    if question.ways and degrees.get("cp", 1) == 1:
-        name, word = question.ways[0]
-        message = f"--cp-{name} {word}: it says how ranks of --cp share tokens; give --cp too, or leave it out"
-        raise ValueError(message)
-    product = 1
+    """Does it fit, how, how fast, how dear.  Errors: ValueError with value, rule and remedy; for an encoder too, see `answer`."""
+    return _asked(question, _model(question))
+
+
+def _model(question: Question) -> ModelSpec:
+    return with_formats(load_model(question.model), question.weights, question.cache)
+
+
+def _machine(question: Question) -> Cluster:
+    product, degrees = 1, dict(question.degrees)
     for name in _MULTIPLIES:
         product *= degrees.get(name, 1)
-    machine = cluster(question.gpu, product if question.gpus is None else question.gpus)
-    spec = with_formats(load_model(question.model), question.weights, question.cache)
+    return cluster(question.gpu, product if question.gpus is None else question.gpus)
+
+
+def _weights(question: Question, spec: ModelSpec) -> str:
+    return question.weights or (spec.quantization if spec.quantization != "none" else spec.embedding.weight.name)
+
+
+def _priced(question: Question, machine: Cluster) -> dict[str, Any]:
+    """Dollars per GPU-hour and who says so."""
+    price, known = question.price_usd_per_gpu_hour, listed(machine.gpu)
+    return {
+        "price_usd_per_gpu_hour": price if price is not None else machine.price_usd_per_gpu_hour,
+        "price_source": "given" if price is not None else (known.sources.get("typical") if known else None),
+    }
+
+
+def _asked(question: Question, spec: ModelSpec) -> Answer:
+    context, degrees, machine = question.context, dict(question.degrees), _machine(question)
     engine = Vllm(question.memory_fraction, question.block_size, question.chunk)
     written = question.output if question.output is not None else min(1024, max(1, context // 8))
     if written >= context:
         message = f"--output {written}: it is part of --context {context}; use a smaller number"
         raise ValueError(message)
     request = Request(context, question.concurrency, written, question.prefix_hit)
-    found = planner.size(spec, machine, request, engine=engine, fixed={**degrees, **dict(question.ways)}, price_usd_per_gpu_hour=price)
-    known = listed(machine.gpu)
+    if question.ways and degrees.get("cp", 1) == 1:
+        name, word = question.ways[0]
+        message = f"--cp-{name} {word}: it says how ranks of --cp share tokens; give --cp too, or leave it out"
+        raise ValueError(message)
+    fixed: dict[str, Any] = {**degrees, **dict(question.ways)}
+    found = planner.size(spec, machine, request, engine=engine, fixed=fixed, price_usd_per_gpu_hour=question.price_usd_per_gpu_hour)
     inputs = {
         "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": context, "concurrency": question.concurrency,
         "output": written, "prefix_hit": question.prefix_hit, **degrees,
-        **{f"cp_{name}": word for name, word in question.ways},
-        "weights": question.weights or (spec.quantization if spec.quantization != "none" else spec.embedding.weight.name), "cache": spec.cache.name,
+        **{f"cp_{name}": word for name, word in question.ways}, "weights": _weights(question, spec), "cache": spec.cache.name,
         "block_size": engine.block_tokens(spec, machine.gpu), "memory_fraction": engine.fraction, "chunk": engine.step_tokens(machine.gpu),
-        "max_num_seqs": engine.sequences(machine.gpu), "engine": f"vllm {engine.version}",
-        "price_usd_per_gpu_hour": price if price is not None else machine.price_usd_per_gpu_hour,
-        "price_source": "given" if price is not None else (known.sources.get("typical") if known else None),
+        "max_num_seqs": engine.sequences(machine.gpu), "engine": f"vllm {engine.version}", **_priced(question, machine),
     }  # fmt: skip
     return Answer(found, inputs)
+
+
+def _read(question: Question, spec: ModelSpec) -> Read:
+    if question.output:
+        message = f"--output {question.output}: {spec.name} reads a text at once and writes nothing; leave it out"
+        raise ValueError(message)
+    machine, priced = _machine(question), _priced(question, _machine(question))
+    request = Request(question.context, question.concurrency, 0, 0.0)
+    found = reading.read(
+        spec, machine, request, memory_fraction=question.memory_fraction, fixed=dict(question.degrees),
+        price_usd_per_gpu_hour=priced["price_usd_per_gpu_hour"],
+    )  # fmt: skip
+    inputs = {
+        "model": spec.name, "gpu": machine.gpu.name, "gpus": machine.gpus, "context": question.context, "concurrency": question.concurrency,
+        **dict(question.degrees), "weights": _weights(question, spec), "memory_fraction": Vllm(question.memory_fraction).fraction, **priced,
+    }  # fmt: skip
+    return Read(found, inputs)

@@ -475,7 +475,8 @@ def print_kv(document: dict[str, Any], model: ModelSpec, context: int, console: 
         [str(entry["count"]), entry["kind"], entry["keeps"], f"{entry['row_bytes']:,.0f} B", f"{entry['stored_tokens']:,.0f}", gib(entry["bytes_per_sequence"])]
         for entry in document["layers"]
     ]
-    _table(console, "By kind of layer", ["layers", "kernel", "keeps", "row", "rows kept", "per sequence"], rows)
+    if rows:
+        _table(console, "By kind of layer", ["layers", "kernel", "keeps", "row", "rows kept", "per sequence"], rows)
 
 
 # ---- estimate and kernel
@@ -526,6 +527,19 @@ def training(estimate: Estimate) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def by_op(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `estimate` for people, longest first: an op's unequal chunks, the ragged last one too, are one row."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("name", "kernel", "impl", "dtype", "bound_by", "basis"))
+        held = found.setdefault(key, {**row, **dict.fromkeys(_ADDED, 0.0)})
+        held |= {name: held[name] + row[name] for name in _ADDED}
+    return sorted(found.values(), key=lambda row: -row["seconds"])
+
+
+_ADDED = ("count", "seconds", "lower", "flops", "model_flops", "hbm_bytes", "wire_bytes")
+
+
 def print_estimate(document: dict[str, Any], estimate: Estimate, console: Console) -> None:
     """Total, then op by op."""
     seconds = estimate.seconds
@@ -557,7 +571,7 @@ def print_estimate(document: dict[str, Any], estimate: Estimate, console: Consol
             row["name"], f"{row['count']:,.0f}", SECONDS.show(row["seconds"], 2), f"{row['seconds'] / total:.1%}",
             f"{row['lower'] / row['seconds']:.0%}" if row["seconds"] else "", row["bound_by"], row["basis"],
         ]
-        for row in sorted(document["rows"], key=lambda r: -r["seconds"])
+        for row in by_op(document["rows"])
     ]  # fmt: skip
     _table(console, "Op by op", ["op", "times", "time", "share", "bound / time", "bound by", "basis"], rows)
     console.print(f"calibration: {document['calibration']}", style="dim", highlight=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from simulator.calibration import Calibration
 from simulator.engines import Vllm
-from simulator.estimate import Estimate, Interval, estimate, sweep
+from simulator.estimate import Estimate, Interval, bare, estimate, sweep
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
@@ -111,14 +111,15 @@ def serve(
         return estimate(model, cluster, layout, phase, engine=engine, calibration=calibration)
 
     cold, hit, decode = ask(_prefill(request, engine, cluster, 0)), ask(_prefill(request, engine, cluster, cached)), ask(_decode(request))
-    fresh = ask(Prefill(float(request.prompt - cached), 1.0, 0.0, float(engine.step_tokens(cluster.gpu))))
+    uncached = Prefill(float(request.prompt - cached), 1.0, 0.0, float(engine.step_tokens(cluster.gpu)))
+    fresh_s = float(bare(model, cluster, layout, uncached, engine=engine, calibration=calibration, with_footprint=False).seconds)
     replica = float(layout.replica_gpus)
     shares = float(layout.dp * layout.dp_attention)
     gpus = replica * shares
     # a prefill occupies its replica, a decode step all of them
     input_seconds = cold.seconds.scaled(replica / request.prompt)
     output_seconds = decode.seconds.scaled(gpus / request.concurrency)
-    extra = max(hit.seconds.value - fresh.seconds.value, 0.0)
+    extra = max(hit.seconds.value - fresh_s, 0.0)
     scale = extra / hit.seconds.value * replica / max(cached, 1)
     cached_seconds = hit.seconds.scaled(scale)
     per_second = None if price_usd_per_gpu_hour is None else price_usd_per_gpu_hour / 3600

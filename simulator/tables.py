@@ -289,4 +289,4 @@ RECIPE_NOTE = (
 
 def times(factor: float | None) -> str:
     """How much a choice changes, or nothing."""
-    return "" if factor is None else f"{significant(factor, 3)} x"
+    return "" if factor is None else f"{significant(factor, 3)}\u00a0x"

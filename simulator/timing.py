@@ -19,7 +19,7 @@ import numpy as np
 
 from simulator.calibration import Calibration
 from simulator.collectives import Port, carry, port
-from simulator.hardware import TIMED, Cluster
+from simulator.hardware import Cluster
 from simulator.launch import fills, launch
 from simulator.units import Num, Seconds, maximum, minimum, raise_to, root, where
 from simulator.work import Demands, Group, Known, Leaf, Message, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
@@ -29,10 +29,11 @@ class Clock:
     """Turns ops into seconds on one cluster under one calibration.  Ports are worked out once per group."""
 
     def __init__(self, cluster: Cluster, calibration: Calibration) -> None:
-        cluster.gpu.need(TIMED, "a time")
         self.cluster, self.gpu, self.calibration = cluster, cluster.gpu, calibration
         self._ports: dict[tuple[object, ...], tuple[Group, Port]] = {}
         self._peaks: dict[str, float] = {}
+        # a bound rests on nothing assumed
+        self._counts_exponentials = not {"units", "max_clock_hz", "sfu_per_clock"} & {*cluster.gpu.assumed}
 
     def peak(self, math: str) -> float:
         """FLOP/s of an element type at the maximum clock."""
@@ -62,7 +63,7 @@ class Clock:
         found: dict[str, Seconds] = {"hbm": op.hbm_bytes * (1 / gpu.hbm_bytes_per_s)}
         if type(op.tensor_flops) is not float or op.tensor_flops:
             found["tensor"] = op.tensor_flops * (1 / self.peak(op.math))
-            if type(op.exponentials) is not float or op.exponentials:
+            if self._counts_exponentials and (type(op.exponentials) is not float or op.exponentials):
                 found["special"] = op.exponentials * (1 / gpu.sfu_per_s)
         return found
 

@@ -13,7 +13,7 @@ from simulator import Calibration, calibration
 from simulator.calibration import IDENTITY, Constants, carried, read_profile, user_folder
 from simulator.data import data_path, observed
 from simulator.dtypes import WEIGHT_FORMATS
-from simulator.hardware import gpu, timed
+from simulator.hardware import catalog, gpu
 from simulator.kernels.attention import Segment, attention
 from simulator.kernels.gemm import gemm
 from simulator.launch import LAUNCHES
@@ -66,7 +66,7 @@ def test_every_observed_number_has_a_source_and_a_date_and_is_used() -> None:
         assert f'observed("{name}")' in code
 
 
-@pytest.mark.parametrize("name", timed())
+@pytest.mark.parametrize("name", catalog())
 def test_every_gpu_has_constants_for_every_kernel_and_message(name: str) -> None:
     found = Calibration.load(gpu(name))
     known = {family[0] for family in found.families}
@@ -75,7 +75,7 @@ def test_every_gpu_has_constants_for_every_kernel_and_message(name: str) -> None
     assert 0 <= found.common_sigma < 0.5
 
 
-@pytest.mark.parametrize("name", timed())
+@pytest.mark.parametrize("name", catalog())
 def test_no_gpu_attains_more_than_its_peak(name: str) -> None:
     for family, constants in Calibration.load(gpu(name)).families.items():
         for share in ("tensor", "memory"):
@@ -119,7 +119,7 @@ def test_fp16_is_taken_for_bf16() -> None:
     assert found.constants(("gemm", "", "fp8")) == wide
 
 
-@pytest.mark.parametrize("name", timed())
+@pytest.mark.parametrize("name", catalog())
 def test_constants_carried_there_and_back_are_the_same(name: str) -> None:
     here, there = gpu("h200"), gpu(name)
     for family, constants in Calibration.load(here).families.items():

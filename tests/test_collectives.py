@@ -12,7 +12,7 @@ import pytest
 
 from simulator.calibration import Calibration
 from simulator.collectives import Port, attained, carry, chosen, port
-from simulator.hardware import timed
+from simulator.hardware import catalog
 from simulator.kernels.gemm import gemm
 from simulator.kernels.messages import PATTERNS, message
 from simulator.published import measurements, question, role
@@ -21,7 +21,7 @@ from simulator.timing import Clock, seconds_bound, seconds_expected
 from simulator.work import Group, Overlap, Repeat
 from tests.support import machine
 
-GPUS = timed()
+GPUS = catalog()
 
 
 def seconds(pattern: str, payload: Any, ranks: Any = 8.0, *, gpu: str = "h200", gpus: int = 8, stride: Any = 1.0, algorithm: str | None = None) -> Any:

@@ -14,7 +14,7 @@ from simulator import Calibration, Decode, Layout, Mixed, Prefill, estimate
 from simulator.calibration import Constants
 from simulator.engines import SCHEDULED
 from simulator.estimate import Estimate, Interval, binding_resource, interval
-from simulator.hardware import timed
+from simulator.hardware import catalog
 from simulator.kernels.attention import Segment
 from simulator.timing import Clock
 from simulator.work import Op, fold, quantity
@@ -215,7 +215,7 @@ def test_a_layout_that_breaks_a_rule_is_refused_in_one_line(layout: Layout, gpus
 # ---- machines
 
 
-@pytest.mark.parametrize("gpu", timed())
+@pytest.mark.parametrize("gpu", catalog())
 @pytest.mark.parametrize("name", MAIN)
 def test_every_gpu_runs_every_model(name: str, gpu: str) -> None:
     layout = eight(name)

@@ -15,10 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator import data, hardware
+from simulator import data, hardware, planner
+from simulator.calibration import Calibration
 from simulator.data import data_path
 from simulator.hardware import Cluster, Gpu, catalog, cluster, gpu, link_seeds, price
+from simulator.kernels.attention import Segment, attention
+from simulator.serving import Request
+from simulator.timing import Clock
 from simulator.units import Array
+from tests.support import model
 
 every_gpu = pytest.mark.parametrize("name", catalog())
 FILES = sorted([*data_path("hardware").glob("*.toml"), data_path("prices.toml")])
@@ -83,7 +88,7 @@ def test_every_figure_of_a_gpu_is_positive_and_cited(name: str) -> None:
             assert key not in part.sources, key
             continue
         assert value > 0, key
-        assert part.sources[key], key
+        assert key.replace("boost", "max") in part.assumed or part.sources[key], key
 
 
 @every_gpu
@@ -91,7 +96,7 @@ def test_the_rate_per_clock_at_the_boost_clock_is_the_datasheet_or_the_file_says
     part = gpu(name)
     rows = tomllib.loads(data_path("hardware", f"{name}.toml").read_text("utf-8"))["datasheet"]
     if not part.flops_per_clock:
-        assert part.unknown(("units", "boost_clock_hz"))
+        assert {"units", "max_clock_hz"} & {*part.assumed}
         assert all(part.peak_flops_per_s(dtype) == row["value"] for dtype, row in rows.items())
         return
     assert rows.keys() == part.flops_per_clock.keys()
@@ -146,12 +151,30 @@ def test_an_unknown_type_is_refused_with_the_known_ones() -> None:
 @every_gpu
 def test_exponentials_are_slower_than_vector_work_and_that_slower_than_matrix_work(name: str) -> None:
     part = gpu(name)
-    if part.unknown(hardware.TIMED):
-        with pytest.raises(ValueError, match=f"^gpu {name}: .* not known, which a time needs; give (it|them) in a file of your own"):
-            part.need(hardware.TIMED, "a time")
+    vector = part.peak_flops_per_s("fp32") if part.supports("fp32") else part.peak_flops_per_s("bf16")
+    assert part.sfu_per_s < vector <= part.peak_flops_per_s("bf16")
+
+
+@every_gpu
+def test_what_is_not_published_is_its_rate_s_worth_of_an_h200(name: str) -> None:
+    part, h200 = gpu(name), gpu("h200")
+    assert not {*part.assumed} & {*part.sources}
+    if not part.assumed:
         return
-    assert part.sfu_per_s < part.peak_flops_per_s("fp32") < part.peak_flops_per_s("bf16")
-    assert part.vector_flops_per_clock == part.flops_per_clock["fp32"]
+    worth = part.datasheet["bf16"] / h200.datasheet["bf16"]
+    if {"units", "max_clock_hz"} & {*part.assumed}:
+        assert part.units * part.max_clock_hz * part.flops_per_unit_clock("bf16") == pytest.approx(part.datasheet["bf16"])
+    if "sfu_per_clock" in part.assumed:
+        assert part.sfu_per_s == pytest.approx(worth * h200.units * h200.boost_clock_hz * h200.sfu_per_clock)
+    if "l2_bytes" in part.assumed:
+        assert part.l2_bytes == pytest.approx(worth * h200.l2_bytes)
+
+
+def test_a_bound_rests_on_nothing_assumed() -> None:
+    op = attention("x", Segment(1.0, 8192.0, 0.0), heads=64.0, kv_heads=8.0, head_dim=128)
+    none = Calibration.none()
+    assert {*Clock(cluster("tpu7x"), none).demand(op)} == {"hbm", "tensor"}
+    assert {*Clock(cluster("h200"), none).demand(op)} == {"hbm", "tensor", "special"}
 
 
 @every_gpu
@@ -359,9 +382,12 @@ def test_reading_one_gpu_does_not_read_the_others(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_part_without_a_known_network_stays_within_its_links() -> None:
-    assert cluster("rubin", gpus=72).tier(72).index == 0.0
-    with pytest.raises(ValueError, match=r"^gpus 144: the links of rubin_nvl72 join 72 and its network is not known; use at most 72$"):
-        cluster("rubin", gpus=144)
+    part = replace(gpu("gb300"), links=gpu("gb300").links[:1])
+    assert cluster(part, gpus=72).tier(72).index == 0.0
+    with pytest.raises(ValueError, match=r"^gpus 144: the links of gb300_nvl72 join 72 and its network is not known; use at most 72$"):
+        cluster(part, gpus=144)
+    asked = planner.size(model("deepseek-ai/DeepSeek-V4-Pro"), cluster(part, gpus=8), Request(2**20, 64))
+    assert asked.smallest_gpus is None or asked.smallest_gpus <= 72
 
 
 def test_a_cluster_is_data_and_may_be_edited() -> None:

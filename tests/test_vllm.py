@@ -237,6 +237,13 @@ def test_a_command_says_what_the_layout_is(name: str, context: int) -> None:
         assert any("load balancer" in note for note in notes) == (layout.dp > 1)
 
 
+@pytest.mark.parametrize("gpu", ["h200", "mi300x", "tpu7x", "gaudi3"])
+def test_a_command_for_a_plugin_says_that_it_was_not_read(gpu: str) -> None:
+    command, notes = Vllm().command(model(V3), Layout(tp=8), machine(gpu, 8), context=8192, concurrency=1)
+    assert command
+    assert any("plugin" in note for note in notes) == (gpu in ("tpu7x", "gaudi3"))
+
+
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("context", [8192, K128, 200_000, M1, 4 * M1, 20 * M1])
 def test_a_context_beyond_the_models_reach_comes_with_an_override_that_reaches_it(name: str, context: int) -> None:

@@ -223,26 +223,29 @@ def size(
     cp: int | None, order: str | None, passing: str | None, ulysses: int | None, helix: int | None,
 ) -> int:  # fmt: skip
     """Does MODEL fit at this context, on which layout, how fast and how dear?"""
-    from simulator import export, report
-    from simulator.question import Question, ask
+    from simulator import export, reading_report, report
+    from simulator.question import Answer, Question
+    from simulator.question import answer as answered
 
     degrees = _degrees({
         "tp": tp, "pp": pp, "dp": dp, "ep": ep, "dcp": dcp, "dp_attention": dp_attention, "cp": cp, "ulysses": ulysses, "helix": helix,
     })  # fmt: skip
     ways = tuple((name, word) for name, word in (("order", order), ("passing", passing)) if word is not None)
-    answer = ask(Question(
+    answer = answered(Question(
         model, gpu, gpus, context, concurrency, output, prefix_hit, tuple(degrees.items()), weights, cache, block_size, memory_fraction, chunk, price,
         ways,
     ))  # fmt: skip
-    found = answer.plan
     document = answer.document() if as_json or output_dir is not None else {}
     if output_dir is not None:
         export.write_size(output_dir, report.emit(document), document)
+    fits = answer.plan.fits if isinstance(answer, Answer) else answer.reading.fits
     if as_json:
         click.echo(report.emit(document))
+    elif isinstance(answer, Answer):
+        report.print_size(answer.plan, answer.inputs, _console())
     else:
-        report.print_size(found, answer.inputs, _console())
-    return 0 if found.fits or exit_zero else EXIT_DOES_NOT_FIT
+        reading_report.print_reading(answer.reading, answer.inputs, _console())
+    return 0 if fits or exit_zero else EXIT_DOES_NOT_FIT
 
 
 @main.command()
@@ -418,6 +421,7 @@ def _estimated(
 ) -> tuple[Any, dict[str, Any], list[str]]:  # fmt: skip
     """The estimate that the options of a phase ask for, its inputs and warnings."""
     from simulator.engines import SCHEDULED
+    from simulator.engines.paging import keeps
     from simulator.estimate import estimate as answer
     from simulator.parallel import Layout
     from simulator.phases import Decode, Prefill, TrainStep
@@ -435,6 +439,9 @@ def _estimated(
     machine, spec = _machine(gpu, gpus, degrees), _model(model, "bf16" if phase == "train" else weights, cache)
     ways = {name: word for name, word in (("order", order), ("passing", passing), ("holds", holds)) if word is not None}
     layout = Layout(**degrees, **ways)  # type: ignore[arg-type]
+    if not keeps(spec) and (phase == "decode" or prefix or chunk):
+        message = f"{spec.name} reads a text at once, keeps nothing and decodes nothing; ask for --phase prefill without --prefix and --chunk"
+        raise ValueError(message)
     asked: Prefill | Decode | TrainStep
     if phase == "train":
         trains = {"recompute": "full", "zero": 1, "schedule": "1f1b", "optimizer": "adamw", **trains}

@@ -112,11 +112,15 @@ def stage_of(model: ModelSpec, stages: int) -> list[int]:
     return found
 
 
+def keeps(model: ModelSpec) -> bool:
+    """Whether a model remembers anything between steps."""
+    return any(demands(layer, layer.kept(layer.whole(_ASKED)), model.cache) for _, layer in model.mixers)
+
 
 def check_kept(model: ModelSpec) -> None:
     """Refuse a model that remembers nothing between steps: there is no cache to allocate."""
-    if not any(demands(layer, layer.kept(layer.whole(_ASKED)), model.cache) for _, layer in model.mixers):
-        message = f"{model.name} keeps no cache: it reads a text at once and decodes nothing; ask longctx estimate for its time"
+    if not keeps(model):
+        message = f"{model.name} keeps no cache: it reads a text at once and decodes nothing; ask longctx size for its time"
         raise ValueError(message)
 
 

@@ -352,6 +352,8 @@ class Vllm:
                 "vLLM removed dual chunk attention (0.11): serve a local copy of the model whose config.json has no "
                 "dual_chunk_attention_config; beyond its training length quality is then not the published one"
             )
+        if cluster.gpu.vendor not in _facts()["vendors"]:
+            notes.append(f"on {cluster.gpu.vendor} accelerators vLLM runs through a plugin that was not read here: its flags and its memory may differ")
         flags: list[tuple[str, Any]] = [("tensor-parallel-size", int(layout.tp))]
         if layout.pp > 1:
             flags.append(("pipeline-parallel-size", int(layout.pp)))
@@ -380,13 +382,15 @@ class Vllm:
             flags.append(("block-size", self.block_size))
         flags += [("gpu-memory-utilization", self.fraction), ("max-num-batched-tokens", self.step_tokens(cluster.gpu))]
         flags.append(("max-num-seqs", max(self.sequences(cluster.gpu), 1)))
+        others = "the second node" if nodes == 2 else f"node r = 1..{nodes - 1}"  # noqa: PLR2004
         if nodes > 1 and shares > 1:
             local = shares // nodes
             flags += [("data-parallel-size-local", local), ("data-parallel-address", "$HEAD_IP"), ("data-parallel-rpc-port", 13345)]
-            notes.append(f"on node r = 1..{nodes - 1} add: --headless --data-parallel-start-rank $((r * {local}))")
+            rank = f"{local}" if nodes == 2 else f"$((r * {local}))"  # noqa: PLR2004
+            notes.append(f"on {others} add: --headless --data-parallel-start-rank {rank}")
         elif nodes > 1:
             flags += [("nnodes", nodes), ("node-rank", 0), ("master-addr", "$HEAD_IP")]
-            notes.append(f"on node r = 1..{nodes - 1}: the same with --node-rank r --headless")
+            notes.append(f"on {others}: the same with --node-rank {'1' if nodes == 2 else 'r'} --headless")  # noqa: PLR2004
         if layout.dp > 1:
             notes.append(f"run {int(layout.dp)} such servers, each on its own {int(layout.gpus / layout.dp)} GPUs, behind a load balancer")
         if concurrency > self.sequences(cluster.gpu) * shares * int(layout.dp):

@@ -12,7 +12,7 @@ from typing import NoReturn
 from simulator.calibration import Calibration
 from simulator.data import data_path
 from simulator.estimate import Interval
-from simulator.hardware import TIMED, Cluster, cluster
+from simulator.hardware import Cluster, cluster
 from simulator.hf import load_model
 from simulator.model import ModelSpec
 
@@ -149,9 +149,8 @@ def machine(row: Measurement, gpus: int | None = None) -> Cluster:
     except ValueError:
         message = f"GPU {name} is not in the catalog"
         raise NotComparableError(message) from None
-    unknown = found.gpu.unknown(TIMED)
-    if unknown:
-        message = f"GPU {name}: {', '.join(unknown)} not known"
+    if found.gpu.assumed:
+        message = f"GPU {name}: {', '.join(found.gpu.assumed)} not published"
         raise NotComparableError(message)
     return found
 

@@ -9,7 +9,8 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +121,7 @@ def says(page: Any, question: Question) -> None:
 DEFAULT = Question("Qwen/Qwen2.5-14B-Instruct-1M", "h200_sxm", 8, 2**20, 4)
 
 
-def test_it_starts_and_draws(watched: Watched, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_starts_and_draws(watched: Watched, served: Served, record_property: Callable[[str, object], None]) -> None:
     page = watched.page
     asked = time.perf_counter()
     page.goto(served.url)
@@ -128,34 +129,85 @@ def test_it_starts_and_draws(watched: Watched, served: Served, capsys: pytest.Ca
     answered = time.perf_counter()
     page.wait_for_selector("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg", timeout=60_000)
     drawn = time.perf_counter()
-    with capsys.disabled():
-        print(
-            f"\n  cold start: page to verdict {answered - asked:.1f} s, to the first chart {drawn - asked:.1f} s "
-            f"({drawn - served.started:.1f} s from the start of the server, the browser's own start between); load {os.getloadavg()[0]:.1f}"
-        )
+    record_property(
+        "told",
+        f"cold start: page to verdict {answered - asked:.1f} s, to the first chart {drawn - asked:.1f} s "
+        f"({drawn - served.started:.1f} s from the start of the server, the browser's own start between); load {os.getloadavg()[0]:.1f}"
+    )
     metrics = page.locator("[data-testid=stMetric]")
     metrics.nth(4).wait_for(timeout=60_000)  # they are drawn one after the other
     assert metrics.count() == 5
     assert drawn - asked < 60
 
 
-def test_a_change_is_answered_and_lands_in_the_address(watched: Watched, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+#: Milliseconds from the key press to the verdict in the page, and to the end of the run, as the page itself sees them: a question
+#: that is asked from outside at every frame would take longer than the answer.
+WATCH = """wanted => {
+  window.answered = new Promise(resolve => {
+    let pressed = 0, verdict = 0;
+    document.addEventListener('keydown', () => { pressed = performance.now(); }, {once: true, capture: true});
+    const look = () => {
+      const told = [...document.querySelectorAll('[data-testid=stAlert]')].some(a => a.textContent.replace(/\\s+/g, ' ').trim() === wanted);
+      if (told && !verdict) verdict = performance.now() - pressed;
+      const app = document.querySelector('[data-testid=stApp]');
+      if (verdict && app.getAttribute('data-test-script-state') === 'notRunning') {
+        watcher.disconnect();
+        resolve([verdict, performance.now() - pressed]);
+      }
+    };
+    const watcher = new MutationObserver(look);
+    watcher.observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true, attributeFilter: ['data-test-script-state']});
+  });
+}"""
+
+
+@pytest.mark.parametrize("asked", [DEFAULT, Question("deepseek-ai/DeepSeek-V4-Pro", "h200_sxm", 64, 2**20, 4)], ids=["default", "DeepSeek-V4-Pro on 64"])
+def test_a_change_is_answered_and_lands_in_the_address(
+    watched: Watched, served: Served, asked: Question, record_property: Callable[[str, object], None], request: pytest.FixtureRequest
+) -> None:
     page, taken = watched.page, []
-    page.goto(served.url)
-    says(page, DEFAULT)
+    page.goto(f"{served.url}/?model={asked.model.replace('/', '%2F')}&gpus={asked.gpus}")
+    says(page, asked)
     box = page.get_by_role("textbox", name="Context", exact=True)
-    for context in range(200_000, 1_200_000, 100_000):
-        question = Question(DEFAULT.model, "h200_sxm", 8, context, 4)
-        ask(question)
+    for context in range(200_000, 1_200_000, 50_000):
+        question = replace(asked, context=context)
+        wanted = " ".join(report.verdict(ask(question).plan).split())
+        page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
         box.fill(str(context))
-        start = time.perf_counter()
+        page.evaluate(WATCH, wanted)
         box.press("Enter")
-        says(page, question)
-        taken.append(time.perf_counter() - start)
+        taken.append(page.evaluate("window.answered"))
         assert f"context={context}" in page.url
-    with capsys.disabled():
-        print(f"\n  from Enter to the new verdict: median {np.median(taken) * 1e3:.0f} ms, p95 {np.percentile(taken, 95) * 1e3:.0f} ms ({len(taken)} changes)")
-    assert np.percentile(taken, 95) < 5
+    (verdict, late), (whole, latest) = (np.percentile(times, [50, 95]) for times in zip(*taken, strict=True))
+    record_property(
+        "told",
+        f"from Enter, {request.node.callspec.id}: verdict median {verdict:.0f} ms, p95 {late:.0f} ms; whole page median {whole:.0f} ms, "
+        f"p95 {latest:.0f} ms ({len(taken)} changes; load {os.getloadavg()[0]:.1f})"
+    )
+    assert late < 3000
+
+
+def test_a_stranger_is_answered_within_a_minute(watched: Watched, served: Served, record_property: Callable[[str, object], None]) -> None:
+    """Another model, another number of GPUs, then why a token takes as long: three inputs and a tab, from a page never seen before."""
+    page, start = watched.page, time.perf_counter()
+    page.goto(served.url)
+    model = page.get_by_role("combobox", name="Model")
+    model.click()
+    model.fill("DeepSeek-V4-Pro")
+    page.get_by_role("option", name="deepseek-ai/DeepSeek-V4-Pro", exact=True).click()
+    gpus = page.get_by_role("spinbutton", name="GPUs")
+    gpus.fill("16")
+    gpus.press("Enter")
+    question = Question("deepseek-ai/DeepSeek-V4-Pro", "h200_sxm", 16, 2**20, 4)
+    says(page, question)
+    answered = time.perf_counter()
+    page.get_by_role("tab", name="Decode step").click()
+    service = ask(question).plan.service
+    assert service is not None
+    page.get_by_text(f"Most waits for {service.decode.binding()}").wait_for(timeout=60_000)
+    explained = time.perf_counter()
+    record_property("told", f"a stranger: verdict on another model and cluster {answered - start:.1f} s after opening the page, the decode step explained {explained - start:.1f} s")
+    assert explained - start < 60
 
 
 def test_a_link_is_a_question(watched: Watched, served: Served) -> None:

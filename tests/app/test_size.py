@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from simulator import report
+from simulator import reading_report, report
 from simulator.cli import main
 from simulator.curves import cache_shares, op_shares, over_context
 from simulator.planner import UNLIMITED_TOKENS
-from simulator.question import Question, ask
+from simulator.question import Question, Read, ask
+from simulator.question import answer as answered
 from tests.app.support import MAIN, charts, lines, opened
 
 DEFAULT = Question("Qwen/Qwen2.5-14B-Instruct-1M", "h200_sxm", 8, 2**20, 4)
@@ -210,15 +213,41 @@ def test_no_line_leaves_its_frame() -> None:
 # ---- speed
 
 
-def test_a_rerun_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
-    """The bar is 300 ms at the 95th percentile on an idle machine; ten times that fails here."""
-    at = opened()
-    taken = []
+@pytest.mark.parametrize("link", [{}, {"model": "deepseek-ai/DeepSeek-V4-Pro", "gpus": "64"}], ids=["default", "DeepSeek-V4-Pro on 64"])
+def test_a_rerun_is_quick(link: dict[str, str], record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> None:
+    """The bar is 300 ms at the 95th percentile on an idle machine, which the processor's time approaches on a busy one."""
+    at = opened(**link)
+    at.text_input(key="context").set_value("99000").run()
+    wall, spent = [], []
     for i in range(20):
-        start = time.perf_counter()
-        at.text_input(key="context").set_value(str(100_000 + 10_000 * i)).run()
-        taken.append(time.perf_counter() - start)
+        at.text_input(key="context").set_value(str(100_000 + 10_000 * i))
+        start, before = time.perf_counter(), time.process_time()
+        at.run()
+        wall.append(time.perf_counter() - start)
+        spent.append(time.process_time() - before)
         assert at.success
-    with capsys.disabled():
-        print(f"\n  rerun with a new question: median {np.median(taken) * 1e3:.0f} ms, p95 {np.percentile(taken, 95) * 1e3:.0f} ms ({len(taken)} reruns)")
-    assert np.percentile(taken, 95) < 3
+    (median, late), (busy, latest) = (np.percentile(times, [50, 95]) * 1e3 for times in (wall, spent))
+    record_property(
+        "told",
+        f"rerun with a new question, {request.node.callspec.id}: median {median:.0f} ms, p95 {late:.0f} ms; "
+        f"of the processor {busy:.0f} and {latest:.0f} ms; load {os.getloadavg()[0]:.1f}"
+    )
+    assert np.percentile(spent, 95) < 0.3
+
+
+# ---- encoders
+
+
+def test_an_encoder_is_answered_too() -> None:
+    at = opened(model="google/bigbird-roberta-base", context="4K", gpus="4", concurrency="32")
+    told = answered(Question("google/bigbird-roberta-base", "h200_sxm", 4, 4096, 32))
+    assert isinstance(told, Read)
+    served = told.reading.served
+    assert served is not None
+    assert shown(at.success[0].value) == f"**{reading_report.verdict(told.reading)}**"
+    found = {metric.label: shown(metric.value) for metric in at.metric}
+    assert found["One text"] == report.show(served.alone.seconds)
+    assert found["Texts/s/GPU"] == report.show(served.texts_per_s_per_gpu, "")
+    assert len(found) == 5
+    at = opened(model="google/bigbird-roberta-base", context="8K")
+    assert "positions for 4,096 tokens" in shown(at.error[0].value)

@@ -16,8 +16,8 @@ from dataclasses import fields, replace
 import numpy as np
 from scipy.optimize import minimize
 
-from simulator.calibration import PRIOR_GPU, Calibration, Constants, Family, carried
-from simulator.hardware import Gpu, gpu
+from simulator.calibration import Calibration, Constants, Family, carried
+from simulator.hardware import STAND_IN, Gpu, gpu
 from simulator.published import Asked, NotComparableError, measurements, question, role
 from simulator.published.kernels import IMPLEMENTATIONS
 from simulator.units import Array
@@ -92,7 +92,7 @@ def groups() -> dict[tuple[str, str, tuple[str, ...]], list[tuple[str, Asked]]]:
 
 def start(kernel: str, part: Gpu) -> Constants:
     """The H200's shape on another board's tensor cores."""
-    return carried((kernel, "", "bf16"), STARTS[kernel], part, gpu(PRIOR_GPU))
+    return carried((kernel, "", "bf16"), STARTS[kernel], part, gpu(STAND_IN))
 
 
 def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...], *, everywhere: bool = False) -> tuple[dict[Family, Constants], Array]:
@@ -101,7 +101,7 @@ def fit(rows: list[Asked], impl: str, kernels: tuple[str, ...], *, everywhere: b
     `everywhere`: of no architecture, so an H200's, carried to each row's board.
     """
     assert rows[0].cluster is not None
-    part = gpu(PRIOR_GPU) if everywhere else rows[0].cluster.gpu
+    part = gpu(STAND_IN) if everywhere else rows[0].cluster.gpu
     starts = {(k, impl, ""): start(k, part) for k in kernels}
     names = [(family, name) for family in starts for name in LONG_ONLY.get((part.architecture, family[0]), FREE[family[0]])]
 
