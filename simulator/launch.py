@@ -128,7 +128,7 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     again = tiles * swept * missed
     return Launched(
         executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant,
-        windowed=maximum(s["masked"] - 1.0, 0.0), uneven=_uneven(s["keys"], depth),
+        windowed=maximum(s["masked"] - 1.0, 0.0), uneven=_uneven(minimum(minimum(s["keys"], live / sequences), depth + 0.5 * tokens), depth),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from simulator.parallel.context import Context
 from simulator.phases import Decode, Prefill, System
 from simulator.planner import Plan, layouts, refusals, size
 from simulator.serving import Request
-from simulator.work import Rows, fold, quantity
+from simulator.work import Passes, fold, quantity, rows
 from tests.support import EVERY, machine, model
 from tests.test_context import messages
 
@@ -85,7 +85,7 @@ def test_an_indexers_keys_travel_beside_the_latents() -> None:
 def test_decoding_sequences_belong_to_one_rank_each(name: str) -> None:
     spec, cp, batch = model(name), 4, 8.0
     alone, shared = (System(spec, layout).work(Decode(131_072.0, batch)) for layout in (Layout(), split(cp)))
-    cores = [sum(row.count * float(row.op.model_flops) for row in fold(work, Rows(lambda _: 0.0)) if row.op.name == "core") for work in (alone, shared)]
+    cores = [sum(row.count * float(row.op.model_flops) for row in rows(fold(work, Passes(lambda _: 0.0)), lambda _: 0.0) if row.op.name == "core") for work in (alone, shared)]
     assert cores[1] * cp == pytest.approx(cores[0], rel=1e-12)
     sent = messages(shared)["gather new rows"]
     assert sum(n * float(op.payload_bytes) for n, op in sent) == len(spec.order) * batch * LATENT_BYTES
