@@ -405,6 +405,19 @@ def measured() -> Iterator[Compared]:
             yield _compared(which, part, float(seconds_expected(decoder.work(which), clock)), float(row["p50_s"]), 1.5 * calibration.common_sigma)
 
 
+def borrowed() -> Iterator[Compared]:
+    """Kernels of GPUs that borrow their constants, measured to judge that: nothing is fitted to the rows of a folder `scored`."""
+    for folder in sorted(data_path("calibration").glob("*/scored")):
+        part, families = gather(folder)
+        calibration = Calibration.load(part)
+        clock = Clock(cluster(part, 1), calibration)
+        for family, rows in families.items():
+            sigma = float(np.hypot(calibration.constants(family).sigma, calibration.common_sigma))
+            for which, seconds, predicted in zip(rows.cases, rows.seconds, np.asarray(clock.expected(rows.op)), strict=True):
+                one = _compared(which, part, float(predicted), float(seconds), sigma)
+                yield replace(one, source=f"measured here on {part.name}", use="score", basis="analytic")
+
+
 def measured_rings() -> Iterator[Compared]:
     """Every shipped program of ranks beside its prediction: collectives and programs beside products are fitted where not held out."""
     for folder in sorted(path.parent / "runs" for path in data_path("calibration").glob("*/constants.toml")):
