@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simulator.hf import load_model
 from simulator.position import (
     Alibi,
     BucketBias,
@@ -210,3 +211,12 @@ def test_what_schemes_weigh() -> None:
 
 def test_only_a_table_ends() -> None:
     assert [scheme.name for scheme in SCHEMES if scheme.limit is not None] == ["learned absolute"]
+
+
+@pytest.mark.parametrize("told", [[None], "8", True, -1, float("inf")])
+def test_a_bias_that_is_no_number_counts_as_none(told: object) -> None:
+    config = {
+        "architectures": ["MPTForCausalLM"], "model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128, "max_seq_len": 128,
+        "expansion_ratio": 4, "attn_config": {"alibi": True, "alibi_bias_max": told},
+    }  # fmt: skip
+    assert load_model(config).reach.encoding.bias_max == 8.0

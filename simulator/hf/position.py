@@ -6,6 +6,7 @@ floor_scale, attn_scale, alibi, attn_config, positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ def encoding(keys: Keys) -> Encoding:
     """How the model tells positions apart."""
     bias = keys.mapping("attn_config")
     if keys.flag("alibi") or bias.get("alibi") or keys.text("model_type") == "bloom":
-        return Encoding("alibi", bias_max=float(bias.get("alibi_bias_max") or 8))
+        return Encoding("alibi", bias_max=_number(bias.get("alibi_bias_max"), 8.0))
     if keys.flag("positions"):
         return Encoding("learned", positions=keys.count("max_position_embeddings", default=0, least=0))
     parameters = keys.mapping("rope_scaling") or keys.mapping("rope_parameters")
@@ -41,7 +42,11 @@ def encoding(keys: Keys) -> Encoding:
 
 
 def _number(value: object, default: float) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else default
+    return float(value) if _is_number(value) and 0 < float(value) < math.inf else default  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _scaling(told: Mapping[str, Any], keys: Keys) -> Scaling:
@@ -59,12 +64,12 @@ def _scaling(told: Mapping[str, Any], keys: Keys) -> Scaling:
         grown = told.get("attention_factor")
         return Yarn(
             factor, original, _number(told.get("beta_fast"), 32.0), _number(told.get("beta_slow"), 1.0),
-            truncate=told.get("truncate") is not False, attention=None if grown is None else float(grown),
+            truncate=told.get("truncate") is not False, attention=_number(grown, 0.0) or None,
             mscale=_number(told.get("mscale"), 0.0) or None, mscale_all_dim=_number(told.get("mscale_all_dim"), 0.0) or None,
             scales_softmax=keys.text("model_type") in _SCALES_SOFTMAX,
         )  # fmt: skip
     short, long = told.get("short_factor"), told.get("long_factor")
-    if kind in ("longrope", "su") and isinstance(short, list) and isinstance(long, list):
+    if kind in ("longrope", "su") and isinstance(short, list) and isinstance(long, list) and all(map(_is_number, [*short, *long])):
         return LongRope(declared / original, original, tuple(map(float, short)), tuple(map(float, long)))
     return Plain()
 
