@@ -9,6 +9,7 @@ until the power limit has settled, because that is the state of a machine at wor
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -66,26 +67,25 @@ def measure(prepared: Prepared, device: Any, regime: Regime, sensors: Sensors) -
     # sets may need kernels of their own (their pointers' alignment, which repeats): all are compiled before anything is timed
     for index in {*range(min(prepared.sets, 16)), prepared.sets - 1}:
         prepared.run(index)
-    once = _between(lambda: prepared.run(prepared.sets - 1))
+    once = between(lambda: prepared.run(prepared.sets - 1))
     launches, per = (lambda: prepared.run(0)), 1
     if prepared.captured:
-        launches, per = _captured(prepared, prepared.sets).replay, prepared.sets
+        launches, per = captured(prepared.run, prepared.sets), prepared.sets
     elif prepared.graphable and once < GRAPH_BELOW_S * 2:
-        rough = max(_between(lambda: [prepared.run(i % prepared.sets) for i in range(32)]) / 32, 1e-6)
+        rough = max(between(lambda: [prepared.run(i % prepared.sets) for i in range(32)]) / 32, 1e-6)
         if rough < GRAPH_BELOW_S:
             wanted = int(min(max(GRAPH_S / rough, prepared.sets), MOST_CAPTURES))
-            graph = _captured(prepared, wanted)
-            launches, per = graph.replay, wanted
+            launches, per = captured(lambda i: prepared.run(i % prepared.sets), wanted), wanted
     elif prepared.sets > 1:
         launches, per = (lambda: [prepared.run(i) for i in range(prepared.sets)]), prepared.sets
-    each = once if once > LONG_S else _between(launches)
+    each = once if once > LONG_S else between(launches)
     warm = regime.warm_s * (0.4 if each / per < SHORT_S else 1.0)
     start = time.perf_counter()
     while once < LONG_S and time.perf_counter() - start < warm:
         _queue(launches, each)
     count = 2 if once > LONG_S else int(min(max(regime.least, regime.sample_s / max(each, 1e-6)), 200))
-    samples, reading = _samples(launches, count, regime.idle_s, sensors)
-    p20, p50, p80 = (float(np.percentile(samples, q)) / per for q in (20, 50, 80))
+    found, reading = _rested(launches, count, regime.idle_s, sensors) if regime.idle_s else samples(launches, count, sensors)
+    p20, p50, p80 = (float(np.percentile(found, q)) / per for q in (20, 50, 80))
     return Timing(p20, p50, p80, count, reading)
 
 
@@ -95,15 +95,18 @@ def _queue(launches: Any, each: float) -> None:
     torch.cuda.synchronize()
 
 
-def _samples(launches: Any, count: int, idle_s: float, sensors: Sensors) -> tuple[list[float], Reading]:
-    """Samples queued back to back (or after pauses), so that the machine never idles between them."""
+def _rested(launches: Any, count: int, idle_s: float, sensors: Sensors) -> tuple[list[float], Reading]:
+    """Samples after pauses."""
+    taken = []
+    for _ in range(count):
+        time.sleep(idle_s)
+        taken.append(between(launches))
+    return taken, sensors.read()
+
+
+def samples(launches: Any, count: int, sensors: Sensors) -> tuple[list[float], Reading]:
+    """Samples queued back to back, so that the machine never idles between them, and the sensors half-way."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    if idle_s:
-        taken = []
-        for _ in range(count):
-            time.sleep(idle_s)
-            taken.append(_between(launches))
-        return taken, sensors.read()
     events[0].record()
     reading = Reading()
     for index in range(count):
@@ -116,7 +119,8 @@ def _samples(launches: Any, count: int, idle_s: float, sensors: Sensors) -> tupl
     return [a.elapsed_time(b) * 1e-3 for a, b in pairwise(events)], reading
 
 
-def _between(action: Any) -> float:
+def between(action: Any) -> float:
+    """Seconds of one launch between two events."""
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     action()
@@ -125,18 +129,20 @@ def _between(action: Any) -> float:
     return float(first.elapsed_time(last)) * 1e-3
 
 
-def _captured(prepared: Prepared, count: int) -> Any:
+def captured(run: Callable[[int], Any], count: int) -> Callable[[], Any]:
+    """`count` launches, `run(0)` to `run(count - 1)`, as one CUDA graph; what replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        prepared.run(0)
+        run(0)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for index in range(count):
-            prepared.run(index % prepared.sets)
-    return graph
+            run(index)
+    replay: Callable[[], Any] = graph.replay
+    return replay
 
 
 def _on_host(prepared: Prepared, regime: Regime) -> Timing:

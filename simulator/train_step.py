@@ -66,6 +66,9 @@ def refusals(system: System, phase: TrainStep) -> Iterator[str]:
         if getattr(layout, name) > 1:
             yield f"--{name.replace('_', '-')} {int(getattr(layout, name))}: not modelled in training; use --tp, --sp, --cp, --ulysses, --pp, --dp"
             return
+    if layout.cp > 1 and layout.passing in ("q", "auto"):
+        yield f"--cp-passing {layout.passing}: queries go round in serving alone, no backward pass does so; use kv, gather or double"
+        return
     if phase.batch % layout.dp:
         yield f"--batch {int(phase.batch)}: replicas take equal numbers of sequences; use a multiple of --dp {int(layout.dp)}"
         return

@@ -173,6 +173,7 @@ def test_the_first_stage_keeps_the_microbatches_in_flight(name: str, more: int) 
         (Layout(dp=4), {"batch": 6.0}, "--batch 6"), (Layout(), {"recompute": "half"}, "--recompute half"), (Layout(), {"optimizer": "sgd"}, "--optimizer sgd"),
         (Layout(pp=4), {"schedule": "dualpipe"}, "--schedule dualpipe"), (Layout(pp=4), {"schedule": "interleaved", "batch": 6.0}, "no multiple of 4"),
         (Layout(tp=8, dcp=2), {}, "--dcp 2"), (Layout(), {"chunks": 2}, "--model-chunks 2"), (Layout(), {"zero": 4}, "--zero 4"),
+        (Layout(cp=4, passing="q"), {}, "--cp-passing q"), (Layout(cp=4, passing="auto"), {}, "--cp-passing auto"),
     ],
     ids=str,
 )  # fmt: skip

@@ -30,8 +30,6 @@ from simulator.work import Leaf, Message, Overlap, Repeat, Select, Serial, Work,
 LINES = 4
 #: Fewest rows that an interference is fitted from.
 LEAST = 3
-#: Exposed communication is judged where it is at least this share of the time.
-SHOWN = 0.02
 
 
 @dataclass(frozen=True)
@@ -221,11 +219,9 @@ class Judged:
         return float(np.log(self.predicted_s / self.row.seconds))
 
     @property
-    def exposed_error(self) -> float | None:
-        """Exposed communication predicted over measured, less one; None where it is too small a share to be judged."""
-        if self.row.exposed_s < SHOWN * self.row.seconds:
-            return None
-        return (self.predicted_s - self.predicted_silent_s) / self.row.exposed_s - 1
+    def exposed_error(self) -> float:
+        """Exposed communication predicted less measured, as a share of the row's time: small differences of long runs say no more."""
+        return (self.predicted_s - self.predicted_silent_s - self.row.exposed_s) / self.row.seconds
 
 
 def judged(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> Iterator[Judged]:

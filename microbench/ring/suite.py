@@ -18,7 +18,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,8 @@ import torch
 import torch.distributed as dist
 
 from microbench.case import Case
+from microbench.clock import between, samples
+from microbench.clock import captured as captured_graph
 from microbench.environment import Reading, Sensors, environment
 from microbench.ring import collectives, context, decode, experts, handover, tensor, trace, ulysses
 from microbench.ring.transport import Distributed, Loopback, Silent, Transport
@@ -299,52 +300,19 @@ def _timed(run: Callable[[], Any], transport: Transport, device: Any, sensors: S
         return taken, Reading(), False
     run()
     run()
-    once = transport.agree([_between(run)])[0]
+    once = transport.agree([between(run)])[0]
     per, launches = 1, run
     if captured and once < GRAPH_BELOW_S:
         per = int(min(max(GRAPH_S / max(once, 1e-5), 1), 64))
-        launches = _captured(run, per)
-    each = transport.agree([_between(launches)])[0]
+        launches = captured_graph(lambda _: run(), per)
+    each = transport.agree([between(launches)])[0]
     for _ in range(int(max(1, WARM_S / each)) if each < LONG_S else 0):
         launches()
     count = int(min(max(LEAST, SAMPLE_S / each), MOST)) if each < LONG_S else 2
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     torch.cuda.synchronize()
     transport.agree([0.0])
-    events[0].record()
-    reading = Reading()
-    for index in range(count):
-        launches()
-        events[index + 1].record()
-        if index == count // 2:
-            events[max(index - 1, 0)].synchronize()
-            reading = sensors.read()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e-3 / per for a, b in pairwise(events)], reading, launches is not run
-
-
-def _captured(run: Callable[[], Any], count: int) -> Callable[[], Any]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            run()
-    replay: Callable[[], Any] = graph.replay
-    return replay
-
-
-def _between(action: Callable[[], Any]) -> float:
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    action()
-    last.record()
-    torch.cuda.synchronize()
-    return float(first.elapsed_time(last)) * 1e-3
+    taken, reading = samples(launches, count, sensors)
+    return [seconds / per for seconds in taken], reading, launches is not run
 
 
 def _known(folder: Path, gpu: str, backend: str) -> set[str]:

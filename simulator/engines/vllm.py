@@ -392,7 +392,8 @@ class Vllm:
             flags += [("nnodes", nodes), ("node-rank", 0), ("master-addr", "$HEAD_IP")]
             notes.append(f"on {others}: the same with --node-rank {'1' if nodes == 2 else 'r'} --headless")  # noqa: PLR2004
         if layout.dp > 1:
-            notes.append(f"run {int(layout.dp)} such servers, each on its own {int(layout.gpus / layout.dp)} GPUs, behind a load balancer")
+            own = int(layout.gpus / layout.dp)
+            notes.append(f"run {int(layout.dp)} such servers, each on its own {own} GPUs, behind a load balancer".replace(" 1 GPUs", " GPU"))
         if concurrency > self.sequences(cluster.gpu) * shares * int(layout.dp):
             notes.append(f"--max-num-seqs must be raised for {concurrency} concurrent requests")
         words = [f"--{name}" if value is None else f"--{name} {value if str(value).startswith('$') else shlex.quote(str(value))}" for name, value in flags]
