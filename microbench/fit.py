@@ -21,6 +21,7 @@ from scipy.optimize import least_squares
 
 from microbench import decoder
 from microbench.case import LONGEST_FITTED, Case
+from microbench.ring import collectives
 from microbench.ring import fit as rings
 from microbench.run import case_of, module_of, read, runs_of
 from simulator.calibration import Calibration, Constants, Family, MeasuredLink
@@ -427,7 +428,7 @@ def measured_rings() -> Iterator[Compared]:
         for one in rings.judged(rows, part, Calibration.load(part)):
             spread = float(np.exp(Z80 * RINGS_SIGMA))
             which = one.row.case
-            fitted = one.row.backend == "nccl" and (which.kernel == "collective" or which.kernel in rings.BESIDE)
+            fitted = one.row.backend == "nccl" and which.kernel in collectives.KERNELS
             use = "held out" if which.held else "fit" if fitted else "score"
             yield Compared(
                 f"measured here, {one.row.where}", which.kernel, which.impl, part.name, use, "s",

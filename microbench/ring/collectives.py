@@ -1,11 +1,10 @@
-"""Collectives and sends alone, and beside matrix products.
+"""Collectives and sends after a kernel, and beside one.
 
-`collective`: seconds of one call.  `gemm_beside`: `calls` calls in a row on one stream, beside `gemms` products of 8192^3 in a
-row on another; both start together and a row ends with the later of the two.  With the products the longer it shows what
-messages cost them, with the calls the longer what products cost messages; "none" is products alone.
+`collective`: a call after a short copy, as calls lie between kernels in a layer; a row holds what it adds to the copy.
+`gemm_beside`, `attention_beside`, `attention_backward_beside`: a call, then a kernel beside it, then the wait for the call.  With
+the kernel the longer it shows what messages cost kernels, with the call the longer what kernels cost messages.
 
 Payloads are nccl-tests', in bf16.  A send goes to the next rank while one comes from the rank before.
-On a CPU there is no second stream: what runs beside runs before.
 """
 
 from __future__ import annotations
@@ -16,43 +15,45 @@ from typing import Any
 import torch
 
 from microbench.case import Case, case, relative
+from microbench.ring import block
 from microbench.ring.shapes import drawn, filled
 from microbench.ring.transport import Pending, Transport
+from simulator.kernels.attention import Segment, attention
 from simulator.kernels.gemm import gemm
 from simulator.kernels.messages import message
-from simulator.work import Group, Overlap, Repeat, Work
+from simulator.work import Group, Overlap, Work
 
-KERNELS: tuple[str, ...] = ("collective", "gemm_beside")
+KERNELS: tuple[str, ...] = ("collective", "gemm_beside", "attention_beside", "attention_backward_beside")
 PATTERNS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
-IMPLS = (*PATTERNS, "none")
+IMPLS = PATTERNS
 #: 1 KiB to 4 GiB: powers of 4, from 256 KiB of 2.
 PAYLOADS = (*(4**i for i in range(5, 9)), *(2**i for i in range(18, 33)))
-#: (payload, calls, products) beside each other: the products take longer, then the calls.  Neither is so short that the host
-#: cannot launch the next in time.
-BESIDE = (
-    (4**11, 48, 4), (4**11, 128, 2), (4**13, 12, 4), (4**13, 24, 2), (4**15, 1, 5), (4**15, 2, 2),
-)  # fmt: skip
-#: Extent of the square product.
-GEMM = 8192
-GEMM_TINY = 64
+#: Payloads beside a kernel, and extents of kernels: of a square product, and the tokens of causal attention of 32 heads, 8 of keys.
+PAYLOADS_BESIDE = (2**22, 2**24, 2**26, 2**28)
+EXTENTS = {"gemm_beside": (4096, 8192), "attention_beside": (8192, 16384), "attention_backward_beside": (8192,)}
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+TINY = 64
+#: What a short kernel copies: an H200 needs 1.5 us.
+COPIED_BYTES = 2**20
 
 
 def cases(suite: str, ranks: int) -> list[Case]:
-    """Every pattern over payloads, alone and beside products, and products alone."""
+    """Every pattern over payloads, after a short kernel and beside others."""
     if suite == "tiny":
-        return [*(_alone(p, ranks, 48 * 1024) for p in PATTERNS), _beside("all_reduce", ranks, 48 * 1024, 2, 3, GEMM_TINY)]
+        return [*(_after(p, ranks, 48 * 1024) for p in PATTERNS), *(_beside(kernel, "all_reduce", ranks, 48 * 1024, TINY) for kernel in EXTENTS)]
     return [
-        *(_alone(p, ranks, size) for p in PATTERNS for size in PAYLOADS), _beside("none", ranks, 0, 0, 4, GEMM),
-        *(_beside(p, ranks, *sizes, GEMM) for p in PATTERNS for sizes in BESIDE),
+        *(_after(p, ranks, size) for p in PATTERNS for size in PAYLOADS),
+        *(_beside(kernel, p, ranks, size, extent) for kernel, extents in EXTENTS.items() for extent in extents
+          for p in PATTERNS if p != "broadcast" for size in PAYLOADS_BESIDE),
     ]  # fmt: skip
 
 
-def _alone(pattern: str, ranks: int, payload: int) -> Case:
+def _after(pattern: str, ranks: int, payload: int) -> Case:
     return case("collective", pattern, "bf16", ranks=ranks, payload_bytes=payload, beside=0, calls=1)
 
 
-def _beside(pattern: str, ranks: int, payload: int, calls: int, gemms: int, size: int) -> Case:
-    return case("gemm_beside", pattern, "bf16", ranks=ranks, payload_bytes=payload, beside=1, calls=calls, gemms=gemms, gemm=size)
+def _beside(kernel: str, pattern: str, ranks: int, payload: int, extent: int) -> Case:
+    return case(kernel, pattern, "bf16", ranks=ranks, payload_bytes=payload, extent=extent)
 
 
 def payload_of(which: Case) -> int:
@@ -62,16 +63,18 @@ def payload_of(which: Case) -> int:
 
 
 def work(which: Case) -> Work:
-    """One message, or several beside products."""
-    group = Group("ranks", float(which["ranks"]))
+    """One message, alone or beside a kernel."""
+    one = message(which.impl, which.impl, group=Group("ranks", float(which["ranks"])), payload_bytes=float(payload_of(which)))
     if which.kernel == "collective":
-        return message(which.impl, which.impl, group=group, payload_bytes=float(payload_of(which)))
-    size = float(which["gemm"])
-    products = Repeat(float(which["gemms"]), gemm("gemm", m=size, n=size, k=size))
-    if which.impl == "none":
-        return products
-    one = message(which.impl, which.impl, group=group, payload_bytes=float(payload_of(which)))
-    return Overlap([Repeat(float(which["calls"]), one), products])
+        return one
+    extent = float(which["extent"])
+    if which.kernel == "gemm_beside":
+        return Overlap([one, gemm("gemm", m=extent, n=extent, k=extent)])
+    core = attention(
+        "attention", Segment(1.0, extent, 0.0), heads=float(HEADS), kv_heads=float(KV_HEADS), head_dim=HEAD_DIM,
+        backward=which.kernel == "attention_backward_beside",
+    )  # fmt: skip
+    return Overlap([one, core])
 
 
 class Call:
@@ -99,46 +102,41 @@ class Call:
 
 
 def build(which: Case, transport: Transport, device: Any) -> Callable[[], Any]:
-    """The calls, and the products on a stream of their own, which the current stream waits for."""
-    collective = None if which.impl == "none" else Call(which.impl, payload_of(which), transport, device)
-
-    def calls() -> None:
-        for _ in range(which["calls"]):
-            assert collective is not None
-            collective().wait()
-
+    """The call after its kernel, or before the one that runs beside it."""
+    call = Call(which.impl, payload_of(which), transport, device)
     if which.kernel == "collective":
-        return calls
-    size = which["gemm"]
-    left, right, out = (filled((size, size), device) for _ in range(3))
+        source, target = (torch.empty((COPIED_BYTES,), device=device, dtype=torch.uint8) for _ in range(2))
 
-    def products() -> None:
-        for _ in range(which["gemms"]):
-            torch.mm(left, right, out=out)
+        def after() -> None:
+            target.copy_(source)
+            call().wait()
 
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        return after
+    kernel = _kernel(which, device)
 
-    def run() -> None:
-        if side is None:
-            products()
-            calls()
-            return
-        current = torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            products()
-        calls()
-        current.wait_stream(side)
+    def beside() -> None:
+        under_way = call()
+        kernel()
+        under_way.wait()
 
-    return run
+    return beside
+
+
+def _kernel(which: Case, device: Any) -> Callable[[], Any]:
+    extent = which["extent"]
+    if which.kernel == "gemm_beside":
+        left, right, out = (filled((extent, extent), device) for _ in range(3))
+        return lambda: torch.mm(left, right, out=out)
+    q, k, v = (filled((1, extent, heads, HEAD_DIM), device) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    if which.kernel == "attention_beside":
+        return lambda: block.forward(q, k, v, causal=True)
+    whole, d_out = block.forward(q, k, v, causal=True), filled(tuple(q.shape), device)
+    return lambda: block.backward(d_out, q, k, v, whole, causal=True)
 
 
 def error(which: Case, transport: Transport, device: Any, dtype: Any) -> float:
-    """One call on numbers that every rank knows, against the same worked out alone."""
+    """One call on numbers that every rank knows, against the same worked out alone.  (Kernels beside calls are checked elsewhere.)"""
     pattern, n, rank = which.impl, transport.size, transport.rank
-    if which.kernel == "gemm_beside":
-        left, right = (drawn(seed, (GEMM_TINY, GEMM_TINY), device, dtype) for seed in (1, 2))
-        return relative((left @ right).double(), left.double() @ right.double())
     share = 96
     call = Call(pattern, share * n * torch.empty((), dtype=dtype).element_size(), transport, device, dtype)
     every = [drawn(100 + r, tuple(call.given.shape), device, dtype) for r in range(n)]

@@ -2,8 +2,8 @@
 
 - Links: for each pattern a few straight lines of seconds over wire bytes, of which a message takes the fastest, from collectives
   alone on the links.
-- Interference: kernels beside a message run 1 + i as long.  Fitted on programs that overlap, relative to the same program's
-  own compute (`silent_s`), so that the error of a kernel's time does not enter.
+- Interference: kernels beside a message run 1 + i as long.  Fitted on what single messages add to single kernels, so that the
+  error of a kernel's own time does not enter.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import numpy as np
 from scipy.optimize import least_squares, minimize_scalar
 
 from microbench.case import Case
+from microbench.ring import collectives
 from microbench.ring.suite import module_of
 from microbench.run import case_of, read
 from simulator.calibration import Calibration, MeasuredLink
 from simulator.hardware import Cluster, Gpu, cluster, gpu
 from simulator.kernels.elementwise import elementwise
-from simulator.timing import Clock, calibrated
+from simulator.timing import Clock, calibrated, seconds_no_overlap
 from simulator.units import Array, Seconds
-from simulator.work import Leaf, Message, Overlap, Repeat, Select, Serial, Work, fold, quantity
+from simulator.work import Leaf, Message, Work, fold, quantity
 
 #: Straight lines that stand for a pattern's time over its bytes: as many as its fitted rows ask for.
 LINES = 4
@@ -32,14 +33,31 @@ LINES = 4
 LEAST = 3
 
 
+#: Exposed communication is compared where its standard error is at most this share of it.
+SHARP = 0.05
+
+
 @dataclass(frozen=True)
 class Row:
-    """A measured program: seconds of all of it and of its compute alone."""
+    """A measured program: seconds of all of it and of its compute alone, what its messages cost, and the standard error of that
+    (infinite where the two programs did not take turns).
+    """
 
     case: Case
     backend: str
     seconds: float
     silent_s: float
+    exposed_s: float
+    exposed_se_s: float
+
+    @staticmethod
+    def of(row: Mapping[str, str]) -> Row:
+        """From a line of a file."""
+        seconds, silent_s = float(row["p50_s"]), float(row["silent_s"] or 0.0)
+        exposed_s, error = row.get("exposed_s"), row.get("exposed_se_s")
+        return Row(
+            case_of(row), row["backend"], seconds, silent_s, float(exposed_s) if exposed_s else seconds - silent_s, float(error) if error else float("inf")
+        )
 
     @property
     def where(self) -> str:
@@ -47,9 +65,9 @@ class Row:
         return f"{self.case['ranks']} GPUs" if self.backend == "nccl" else self.backend
 
     @property
-    def exposed_s(self) -> float:
-        """What its messages cost."""
-        return self.seconds - self.silent_s
+    def sharp(self) -> bool:
+        """Whether what its messages cost is known well enough to be compared."""
+        return self.exposed_se_s <= SHARP * self.exposed_s
 
 
 class CopyClock(Clock):
@@ -79,23 +97,12 @@ def gathered(folder: Path) -> tuple[Gpu, list[Row]]:
     for file in files_of(folder):
         facts, rows = read(file)
         parts.add(facts["gpu"])
-        for row in rows:
-            which = case_of(row)
-            found[which, row["backend"]] = Row(which, row["backend"], float(row["p50_s"]), float(row["silent_s"] or 0.0))
+        for row in map(Row.of, rows):
+            found[row.case, row.backend] = row
     if len(parts) != 1:
         message = f"{folder}: {'runs of several GPUs, ' + ', '.join(sorted(parts)) if parts else 'no runs of a GPU'}; give each its own folder"
         raise ValueError(message)
-    return gpu(parts.pop()), [_with_products(row, found) for row in found.values()]
-
-
-def _with_products(row: Row, known: Mapping[tuple[Case, str], Row]) -> Row:
-    """Products beside messages take by themselves what they took where no message was."""
-    if row.case.kernel != "gemm_beside":
-        return row
-    alone = next(
-        (r for r in known.values() if r.case.kernel == row.case.kernel and r.case.impl == "none" and r.case["ranks"] == row.case["ranks"]), None
-    )
-    return row if alone is None else replace(row, silent_s=alone.seconds * row.case["gemms"] / alone.case["gemms"])
+    return gpu(parts.pop()), list(found.values())
 
 
 def clock(machine: Cluster, calibration: Calibration, backend: str) -> Clock:
@@ -159,50 +166,32 @@ def links(rows: Sequence[Row], part: Gpu) -> list[MeasuredLink]:
     return found
 
 
-def overlaps(work: Work) -> bool:
-    """Whether interference changes its time."""
-    return bool(np.any(_slowed(work)))
-
-
-def _slowed(work: Work) -> list[bool]:
-    if isinstance(work, Overlap):
-        return [True]
-    if isinstance(work, Serial):
-        return [any(any(_slowed(part)) for part in work.parts)]
-    if isinstance(work, Repeat):
-        return _slowed(work.work)
-    if isinstance(work, Select):
-        return _slowed(work.a)
-    return [False]
-
-
-#: What runs beside the messages of each kernel of the suite.
-BESIDE = {"context_attention": "attention", "context_attention_backward": "attention_backward", "gemm_beside": "gemm", "pipeline_handover": "gemm"}
+#: Kernels beside single messages, and what the calibration calls them.
+BESIDE = {"gemm_beside": "gemm", "attention_beside": "attention", "attention_backward_beside": "attention_backward"}
 
 
 def interference(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> dict[str, float]:
-    """How much longer kernels run beside messages on a link, by kernel: the i that explains p50 / silent of the fitted rows that
-    overlap with it; "" for kernels that none ran beside is that of all rows.
+    """How much longer kernels run beside messages on a link, by kernel: the i that explains what fitted messages add to a kernel
+    beside them; "" for kernels that none ran beside is that of all rows.
     """
-    used = [row for row in rows if row.backend == "nccl" and not row.case.held and row.case.kernel in BESIDE and row.silent_s > 0.1 * row.seconds]
-    by_kernel = {"": used} | {kernel: [row for row in used if BESIDE[row.case.kernel] == kernel] for kernel in dict.fromkeys(BESIDE.values())}
+    used = [row for row in rows if row.backend == "nccl" and not row.case.held and row.case.kernel in BESIDE]
+    by_kernel = {"": used} | {kernel: [row for row in used if BESIDE[row.case.kernel] == kernel] for kernel in BESIDE.values()}
     return {kernel: _slowed_by(some, part, calibration) for kernel, some in by_kernel.items() if len(some) >= LEAST}
 
 
 def _slowed_by(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> float:
-    works = [(module_of(row.case).work(row.case), cluster(part, row.case["ranks"]), row) for row in rows]
-    works = [one for one in works if overlaps(one[0])]
-    alone = [silent(work, Clock(machine, calibration)) for work, machine, _ in works]
+    """The i of the least absolute error of exposed seconds, each a share of its message's."""
+    works = [module_of(row.case).work(row.case) for row in rows]
+    machines = [cluster(part, row.case["ranks"]) for row in rows]
+    alone = [silent(work, Clock(machine, calibration)) for work, machine in zip(works, machines, strict=True)]
+    sent = [seconds_no_overlap(work, Clock(machine, calibration)) - own for work, machine, own in zip(works, machines, alone, strict=True)]
 
     def loss(i: float) -> float:
         told = replace(calibration, interference={"": i})
-        error = [
-            np.log(predicted(work, Clock(machine, told)) / own * row.silent_s / row.seconds)
-            for (work, machine, row), own in zip(works, alone, strict=True)
-        ]
-        return float(np.sum(np.abs(error)))
+        exposed = [predicted(work, Clock(machine, told)) - own for work, machine, own in zip(works, machines, alone, strict=True)]
+        return float(sum(abs(x - row.exposed_s) / m for x, row, m in zip(exposed, rows, sent, strict=True)))
 
-    return round(float(minimize_scalar(loss, bounds=(1e-4, 8.0), method="bounded", options={"xatol": 1e-4}).x), 3) if works else 0.0
+    return round(float(minimize_scalar(loss, bounds=(1e-4, 8.0), method="bounded", options={"xatol": 1e-4}).x), 3)
 
 
 @dataclass(frozen=True)
@@ -220,8 +209,8 @@ class Judged:
 
     @property
     def exposed_error(self) -> float:
-        """Exposed communication predicted less measured, as a share of the row's time: small differences of long runs say no more."""
-        return (self.predicted_s - self.predicted_silent_s - self.row.exposed_s) / self.row.seconds
+        """Exposed communication predicted over measured, less one."""
+        return (self.predicted_s - self.predicted_silent_s) / self.row.exposed_s - 1
 
 
 def judged(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> Iterator[Judged]:
@@ -238,6 +227,6 @@ def grouped(rows: Iterable[Judged]) -> dict[tuple[tuple[str, str], str], list[Ju
     """Rows by ((kernel, where), why held out)."""
     found: dict[tuple[tuple[str, str], str], list[Judged]] = {}
     for one in rows:
-        held = "fitted" if not one.row.case.held and (one.row.case.kernel == "collective" or one.row.case.kernel in BESIDE) else "held"
+        held = "fitted" if not one.row.case.held and one.row.case.kernel in collectives.KERNELS else "held"
         found.setdefault(((one.row.case.kernel, one.row.where), held if one.row.backend == "nccl" else "held"), []).append(one)
     return found

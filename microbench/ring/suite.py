@@ -4,8 +4,14 @@ Several GPUs talk by NCCL, one process each (or as `torchrun` started them).  On
 neighbours' tensors are copied beside its kernels (`Loopback`).  Without a GPU two CPU processes talk by gloo, which shows that
 the code runs and says nothing of time.
 
-A row holds the slowest rank's seconds of the whole program, and of the same program when nothing is sent (`silent_s`): what
-lies between them is exposed communication.
+A row holds the slowest rank's seconds of the whole program, and of the same program when nothing is sent (`silent_s`).  The two
+take turns, a few milliseconds each, so that both see the same clocks and temperatures; `exposed_s` is the median of what lies
+between neighbours, exposed communication, and `exposed_se_s` that median's standard error.  Of a collective alone the seconds
+are such differences themselves: a call after a short kernel less the kernel, as a call lies between others in a layer.
+
+On several GPUs CUDA_DEVICE_MAX_CONNECTIONS is 1 unless it was set: kernels then start in the order in which they were launched.
+Otherwise the persistent kernels of attention and products, whose stream waits for nothing, take every SM before a message's own
+kernel may start, and the message runs after them instead of beside (Megatron-LM asks for the same).
 """
 
 from __future__ import annotations
@@ -26,12 +32,13 @@ import torch
 import torch.distributed as dist
 
 from microbench.case import Case
-from microbench.clock import between, samples
+from microbench.clock import between
 from microbench.clock import captured as captured_graph
 from microbench.environment import Reading, Sensors, environment
 from microbench.ring import collectives, context, decode, experts, handover, tensor, trace, ulysses
 from microbench.ring.transport import Distributed, Loopback, Silent, Transport
 from microbench.run import TOLERANCE, Outcome, case_of, read
+from simulator.units import Array
 from simulator.work import Work
 
 
@@ -61,19 +68,21 @@ LOOPBACK_RANKS = 4
 LOOPBACK_IMPLS, LOOPBACK_PAIRS = ("ring_kv.contiguous", "ring_kv.zigzag", "gather.zigzag"), 8 * 131072**2
 #: Rings whose timeline is written, at most so many tokens a rank and preferably so many heads.
 TIMELINES, TIMELINE_TOKENS, TIMELINE_HEADS = ("ring_kv.contiguous", "ring_kv.zigzag", "gather.zigzag"), 32768, 32
-#: Seconds of warming up and of sampling of a case, the fewest and most samples.
-WARM_S, SAMPLE_S, LEAST, MOST = 0.12, 0.15, 4, 100
-#: A program this long settles the power limit by itself: two samples are enough.
+#: Seconds of warming up and of sampling of a case; of a turn of either program; the fewest and most turns.
+WARM_S, SAMPLE_S, TURN_S, LEAST, MOST = 0.15, 0.6, 5e-3, 4, 60
+#: A program this long settles the power limit by itself: two turns are enough.
 LONG_S = 0.3
+#: Kernels start in the order of their launches.
+ORDERED = "CUDA_DEVICE_MAX_CONNECTIONS"
 #: A layer's error is that of several products in a row.
 SEVERAL = 3
 #: Tokens of a rank at which attention is checked.
 FEW = 256
-#: A program shorter than this is captured in a graph, so that the host's launches do not show.
-GRAPH_BELOW_S, GRAPH_S = 3e-3, 5e-3
+#: A program shorter than this is captured in a graph, many times over, so that the host's launches do not show.
+GRAPH_BELOW_S, MOST_CAPTURES = 3e-3, 64
 COLUMNS = (
-    "kernel", "impl", "dtype", "regime", "shape", "held", "backend", "captured", "p20_s", "p50_s", "p80_s", "samples", "silent_s", "error",
-    "sm_clock_hz", "power_w", "sent_bytes",
+    "kernel", "impl", "dtype", "regime", "shape", "held", "backend", "captured", "p20_s", "p50_s", "p80_s", "samples", "silent_s", "exposed_s",
+    "exposed_se_s", "error", "sm_clock_hz", "power_w", "sent_bytes",
 )  # fmt: skip
 
 
@@ -141,6 +150,7 @@ def bench(folder: Path, *, limit_s: float = 540.0, only: Iterable[str] = (), pro
     size = max(gpus, 2)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault(ORDERED, "1")
     before = set(folder.glob("*.csv"))
     torch.multiprocessing.spawn(_process, args=(size, folder, limit_s, chosen), nprocs=size)
     file = next(iter(set(folder.glob("*.csv")) - before), None)
@@ -160,6 +170,7 @@ def _process(rank: int, size: int, folder: Path, limit_s: float, only: tuple[str
 
 def _distributed(rank: int, size: int, folder: Path, limit_s: float, only: tuple[str, ...], progress: Any) -> Outcome:
     local = int(os.environ.get("LOCAL_RANK", rank))
+    os.environ.setdefault(ORDERED, "1")
     cuda = torch.cuda.device_count() > local
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -181,7 +192,7 @@ def _run(rank: Rank, folder: Path, limit_s: float, only: tuple[str, ...], progre
     first, size = rank.world.rank == 0 or rank.backend == "loopback", rank.world.size
     facts = environment(rank.device) | {"backend": rank.backend, "gpus": 1 if rank.backend == "loopback" else size}
     if rank.device.type == "cuda":
-        facts["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+        facts |= {"nccl": ".".join(str(part) for part in torch.cuda.nccl.version()), ORDERED.lower(): os.environ.get(ORDERED, "")}
     suite = "ring" if rank.device.type == "cuda" else "tiny"
     groups = [r for r in (2, 4, 8, 16, 32, 64) if r < size and size % r == 0 and rank.backend == "nccl"] + [size]
     known = _known(folder, str(facts["gpu"]), rank.backend)
@@ -254,30 +265,26 @@ def _row(which: Case, transport: Transport, rank: Rank, sensors: Sensors, checke
     if rank.device.type == "cuda":
         torch.cuda.empty_cache()
     torch.manual_seed(20261124 + transport.rank)
-    silent_s = "" if which.kernel in collectives.KERNELS else f"{_silent_s(module, which, transport, rank, sensors):.6g}"
-    if rank.device.type == "cuda":
-        torch.cuda.empty_cache()
+    alone = module.build(which, Silent(transport.rank, transport.size), rank.device)
     run = module.build(which, transport, rank.device)
     transport.counted.clear()
     transport.calls.clear()
     run()
     sent = " ".join(f"{pattern}={size}" for pattern, size in sorted(transport.counted.items()))
-    # calls beside products last longer than their launches: nothing to gain from a graph
-    taken, reading, captured = _timed(run, transport, rank.device, sensors, captured=not which.get("beside"))
-    p20, p50, p80 = transport.agree([float(np.percentile(taken, q)) for q in (20, 50, 80)])
+    taken = _turns(alone, run, transport, rank.device, sensors)
+    exposed = taken.whole - taken.silent
+    alone_s: dict[str, Any] = {"silent_s": "", "exposed_s": "", "exposed_se_s": ""}
+    seconds = exposed
+    if which.kernel != "collective":
+        seconds, told = taken.whole, (float(np.median(taken.silent)), float(np.median(exposed)), error_of_median(exposed))
+        alone_s = dict(zip(alone_s, (f"{value:.6g}" for value in told), strict=True))
+    p20, p50, p80 = (f"{np.percentile(seconds, q):.6g}" for q in (20, 50, 80))
     return {
         "kernel": which.kernel, "impl": which.impl, "dtype": which.dtype, "regime": which.regime, "shape": which.extents, "held": which.held,
-        "backend": rank.backend, "captured": int(captured), "p20_s": f"{p20:.6g}", "p50_s": f"{p50:.6g}", "p80_s": f"{p80:.6g}",
-        "samples": len(taken), "silent_s": silent_s, "error": f"{checked[kind]:.3g}",
-        "sm_clock_hz": f"{reading.sm_clock_hz:.6g}", "power_w": f"{reading.power_w:.5g}", "sent_bytes": sent,
+        "backend": rank.backend, "captured": int(taken.captured), "p20_s": p20, "p50_s": p50, "p80_s": p80,
+        "samples": len(exposed), **alone_s, "error": f"{checked[kind]:.3g}",
+        "sm_clock_hz": f"{taken.reading.sm_clock_hz:.6g}", "power_w": f"{taken.reading.power_w:.5g}", "sent_bytes": sent,
     }  # fmt: skip
-
-
-def _silent_s(module: Sharing, which: Case, transport: Transport, rank: Rank, sensors: Sensors) -> float:
-    """Seconds of the slowest rank when nothing is sent."""
-    alone = module.build(which, Silent(transport.rank, transport.size), rank.device)
-    taken, _, _ = _timed(alone, transport, rank.device, sensors, captured=True)
-    return transport.agree([float(np.median(taken))])[0]
 
 
 def _error(module: Sharing, which: Case, transport: Transport, rank: Rank) -> float:
@@ -289,30 +296,64 @@ def _error(module: Sharing, which: Case, transport: Transport, rank: Rank) -> fl
     return transport.agree([module.error(checked, transport, rank.device, torch.bfloat16)])[0]
 
 
-def _timed(run: Callable[[], Any], transport: Transport, device: Any, sensors: Sensors, *, captured: bool) -> tuple[list[float], Reading, bool]:
-    """Samples of a program, all ranks as many; short ones captured in a graph many times over."""
+def error_of_median(values: Array) -> float:
+    """Standard error of the median of `values`: that of a normal of their spread, sqrt(pi / 2) sigma / sqrt(n), sigma half of what
+    lies between the 16th and the 84th percentile.
+    """
+    low, high = np.percentile(values, (16, 84))
+    return float(np.sqrt(np.pi / 2 / len(values)) * (high - low) / 2)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of each turn of a program and, before it, of the same one when nothing is sent: of the slowest rank, a launch."""
+
+    silent: Array
+    whole: Array
+    reading: Reading
+    captured: bool
+
+
+def _turns(alone: Callable[[], Any], run: Callable[[], Any], transport: Transport, device: Any, sensors: Sensors) -> Turns:
+    """Both programs by turns; the ranks meet before every turn, so that none starts with what another has left over."""
     if device.type != "cuda":
-        taken = []
-        for _ in range(2):
-            start = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - start)
-        return taken, Reading(), False
-    run()
-    run()
+        silent, whole = (np.array([_on_host(one) for _ in range(2)]) for one in (alone, run))
+        return Turns(silent, whole, Reading(), captured=False)
+    for one in (alone, run):
+        one()
+        one()
     once = transport.agree([between(run)])[0]
-    per, launches = 1, run
-    if captured and once < GRAPH_BELOW_S:
-        per = int(min(max(GRAPH_S / max(once, 1e-5), 1), 64))
-        launches = captured_graph(lambda _: run(), per)
-    each = transport.agree([between(launches)])[0]
-    for _ in range(int(max(1, WARM_S / each)) if each < LONG_S else 0):
-        launches()
-    count = int(min(max(LEAST, SAMPLE_S / each), MOST)) if each < LONG_S else 2
+    per, programs = 1, (alone, run)
+    if once < GRAPH_BELOW_S:
+        per = int(min(max(TURN_S / max(once, 1e-5), 1), MOST_CAPTURES))
+        programs = (captured_graph(lambda _: alone(), per), captured_graph(lambda _: run(), per))
+    each = transport.agree([between(programs[1])])[0]
+    launches = int(max(1, TURN_S / each))
+    for _ in range(int(max(1, WARM_S / (2 * each))) if each < LONG_S else 0):
+        programs[0]()
+        programs[1]()
+    count = int(min(max(LEAST, SAMPLE_S / (2 * launches * each)), MOST)) if each < LONG_S else 2
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(4)] for _ in range(count)]
     torch.cuda.synchronize()
-    transport.agree([0.0])
-    taken, reading = samples(launches, count, sensors)
-    return [seconds / per for seconds in taken], reading, launches is not run
+    for turn in events:
+        for index, program in enumerate(programs):
+            transport.meet()
+            turn[2 * index].record()
+            for _ in range(launches):
+                program()
+            turn[2 * index + 1].record()
+    reading = sensors.read()
+    torch.cuda.synchronize()
+    silent, whole = (
+        np.array(transport.agree([turn[i].elapsed_time(turn[i + 1]) * 1e-3 / (launches * per) for turn in events])) for i in (0, 2)
+    )
+    return Turns(silent, whole, reading, captured=programs[0] is not alone)
+
+
+def _on_host(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _known(folder: Path, gpu: str, backend: str) -> set[str]:

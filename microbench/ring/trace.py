@@ -79,9 +79,7 @@ class Traced(Transport):
 
     def begin(self) -> None:
         """All ranks meet, and count from there."""
-        if self.size > 1:
-            meeting = torch.zeros(1, device="cuda" if self.recorder.on_gpu else "cpu")
-            self.inner._all_reduce(meeting, most=False).wait()  # noqa: SLF001 (a meeting is not counted)
+        self.inner.meet()
         self.recorder.begin()
 
     @contextmanager

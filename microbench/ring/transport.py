@@ -98,6 +98,9 @@ class Transport:
         """The largest of every rank's numbers, by the host: nothing is counted and no link of the devices is used."""
         return values
 
+    def meet(self) -> None:
+        """Wait, on the device, until every rank is here; not counted."""
+
     def _collective(self, pattern: str, payload: int, several: Callable[[], Pending], alone: Callable[[], Any]) -> Pending:
         if self.size == 1:
             alone()
@@ -170,6 +173,11 @@ class Distributed(Transport):
         shared = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.handle)
         return [float(value) for value in shared]
+
+    def meet(self) -> None:
+        """By the smallest all-reduce."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"), group=self.handle)
 
     def _exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
         ops = [dist.P2POp(dist.isend, t, self.ranks[to], self.handle) for t, to in sends]
@@ -267,6 +275,10 @@ class Local(Transport):
         """Those of `ranks`, in the same rooms."""
         mine = tuple(self.ranks[r] for r in ranks)
         return Local(mine.index(self.ranks[self.rank]), len(mine), self.counted, self.calls, self.rooms, mine, self.turns)
+
+    def meet(self) -> None:
+        """At an empty table."""
+        self._table(torch.zeros(1))
 
     def _exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
         for tensor, to in sends:

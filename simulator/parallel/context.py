@@ -256,15 +256,17 @@ class Context(Scheme):
 
     def _gather(self, core: _Core, segment: Segment) -> Work:
         """All keys and values, then one kernel for each of the rank's pieces, which expands the latents it sees; backward
-        returns their gradients by a reduce-scatter.
+        returns their gradients by a reduce-scatter.  Both travel as two messages of half the bytes, one for each of a rank's pieces,
+        so that rows arrive in the order of the sequence (Transformer Engine sends keys and values apart and reorders them).
         """
         past = 0.0 if self.layout.holds == "whole" else segment.mean_prefix
         rows = segment.sequences * (segment.new_tokens + past)
-        payload = rows * passed_bytes(core.layer, core.held)
+        half = rows * passed_bytes(core.layer, core.held) / 2
         group = self.layout.groups["cp"]
-        found: list[Work] = [message("gather keys and values", "all_gather", group=group, payload_bytes=payload), core.work(core.held.segments)]
+        gather = message("gather keys and values", "all_gather", group=group, payload_bytes=half)
+        found: list[Work] = [Repeat(2.0, gather), core.work(core.held.segments)]
         if core.direction is Direction.BACKWARD:
-            found.append(message("scatter gradients", "reduce_scatter", group=group, payload_bytes=payload))
+            found.append(Repeat(2.0, message("scatter gradients", "reduce_scatter", group=group, payload_bytes=half)))
         return Serial(found)
 
     def _windowed(self, core: _Core) -> Work:
