@@ -69,7 +69,7 @@ LOOPBACK_IMPLS, LOOPBACK_PAIRS = ("ring_kv.contiguous", "ring_kv.zigzag", "gathe
 #: Rings whose timeline is written, at most so many tokens a rank and preferably so many heads.
 TIMELINES, TIMELINE_TOKENS, TIMELINE_HEADS = ("ring_kv.contiguous", "ring_kv.zigzag", "gather.zigzag"), 32768, 32
 #: Seconds of warming up and of sampling of a case; of a turn of either program; the fewest and most turns.
-WARM_S, SAMPLE_S, TURN_S, LEAST, MOST = 0.15, 0.6, 5e-3, 4, 60
+WARM_S, SAMPLE_S, TURN_S, LEAST, MOST = 0.12, 0.45, 5e-3, 4, 60
 #: A program this long settles the power limit by itself: two turns are enough.
 LONG_S = 0.3
 #: Kernels start in the order of their launches.
