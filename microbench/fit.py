@@ -355,7 +355,7 @@ def write(profile: Profile, folder: Path) -> None:
     today = f"{dt.datetime.now(dt.UTC):%Y-%m-%d}"
     lines = [f'description = "{profile.gpu.name}: measured, fitted {today}"', f"common_sigma = {COMMON_SIGMA}", ""]
     if profile.interference:
-        lines += ["[interference]", *(f'"{kernel}" = {slowed}' for kernel, slowed in profile.interference.items()), ""]
+        lines += ["[interference]", *(f'"{pattern}" = {share}' for pattern, share in profile.interference.items()), ""]
     for link in profile.links:
         lines += ["[[link]]", f'pattern = "{link.pattern}"', f"ranks = {link.ranks}", f"latency_s = {list(link.latency_s)}",
                   f"bytes_per_s = {list(link.bytes_per_s)}", f'source = "{link.source}"', ""]  # fmt: skip

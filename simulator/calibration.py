@@ -75,10 +75,9 @@ class MeasuredLink(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Constants by family; `common_sigma` is the error shared by all ops (clock, engine).  Kernels beside a message run
-    1 + i as long: it takes SMs and memory bandwidth from them.  `interference` holds i by kernel, "" for kernels it does not name;
-    none was measured where it is empty.  `links`: patterns measured on
-    groups of some size; others are worked out (`collectives.port`).
+    """Constants by family; `common_sigma` is the error shared by all ops (clock, engine).  `interference`: the share of the SMs that a
+    message takes from kernels beside it, by pattern, "" for patterns it does not name; none was measured where it is empty.
+    `links`: patterns measured on groups of some size; others are worked out (`collectives.port`).
     """
 
     gpu: str = ""
@@ -111,9 +110,9 @@ class Calibration:
             self._resolved[family] = found
         return found
 
-    def slowed(self, kernel: str) -> float:
-        """How much longer a kernel runs beside a message: i of 1 + i."""
-        return self.interference.get(kernel, self.interference.get("", 0.0))
+    def taken(self, pattern: str) -> float:
+        """The share of the SMs that a message takes from kernels beside it."""
+        return self.interference.get(pattern, self.interference.get("", 0.0))
 
     @property
     def _resolved(self) -> dict[Family, Constants]:
@@ -198,8 +197,8 @@ def read_profile(file: Path, gpu: str, whose: str = "given", architecture: str =
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("kernel"), str) for row in rows):
         message = f"{file}: has no [[family]] tables with a kernel each; calibrate again"
         raise ValueError(message)
-    if not isinstance(interference, dict) or not all(_is_number(i, least=0.0) for i in interference.values()):
-        message = f"{file}: interference = {interference!r} holds no numbers from 0 by kernel; calibrate again"
+    if not isinstance(interference, dict) or not all(_is_number(s, least=0.0) and s < 1 for s in interference.values()):
+        message = f"{file}: interference = {interference!r} holds no shares from 0 to 1 by pattern; calibrate again"
         raise ValueError(message)
     if not _is_number(common, least=0.0):
         message = f"{file}: common_sigma = {common!r} is not a number from 0; calibrate again"

@@ -190,44 +190,42 @@ def calibrated(
     """
     seconds, asked = seconds or clock.expected, demand or clock.demand
     if clock.calibration.interference:
-        return Interfering(seconds, asked, clock.calibration.slowed)
+        return Interfering(seconds, asked, clock.calibration.taken)
     return SecondsOverlapped(seconds, asked)
 
 
 class Interfering(SecondsOverlapped):
-    """Expected times where kernels beside a message run 1 + i as long, i = `slowed(kernel)`.
+    """Expected times where messages take SMs from kernels beside them: a share s = `taken(pattern)`.
 
-    While a message of m seconds moves, kernels do m / (1 + i) seconds' worth: with c seconds of them, an overlap takes
-    max(m, c + min(m, c (1 + i)) i / (1 + i)); i of several kernels is their mean by time.
+    While messages of m seconds move, kernels run at 1 - s of their rate: with c seconds of them, an overlap takes
+    max(m, c + s min(m, c / (1 - s))); s of several messages is their mean by time.
     """
 
     def __init__(
-        self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]] | Demands, slowed: Callable[[str], float]
+        self, leaf_seconds: Callable[[Leaf], Seconds], demand: Callable[[Leaf], Mapping[str, Seconds]] | Demands, taken: Callable[[str], float]
     ) -> None:
         super().__init__(leaf_seconds, demand)
-        self.weighed = SecondsSerial(lambda op: 0.0 if isinstance(op, Message) else leaf_seconds(op) * slowed(op.kernel))
+        self.lost = SecondsSerial(lambda op: leaf_seconds(op) * taken(op.pattern) if isinstance(op, Message) else 0.0)
         self.known: Known = {}
 
     def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:
         """As without interference, and never less than the slowed kernels."""
         free = super().overlap(parts, values)
-        sent = [value for part, value in zip(parts, values, strict=True) if _sends(part)]
+        sent = [(part, value) for part, value in zip(parts, values, strict=True) if _sends(part)]
         if not sent:
             return free
-        moving = _longest(sent)
+        moving = _sum([value for _, value in sent])
+        share = _sum([fold(part, self.lost, self.known) for part, _ in sent]) / maximum(moving, 1e-30)
         for part, running in zip(parts, values, strict=True):
             if not _sends(part):
-                # running x i and the seconds that it takes beside the message
-                extra = fold(part, self.weighed, self.known)
-                beside = minimum(moving, running + extra)
-                free = maximum(free, running + beside * (extra / maximum(running + extra, 1e-30)))
+                free = maximum(free, running + share * minimum(moving, running / (1 - share)))
         return free
 
 
-def _longest(values: Sequence[Num]) -> Num:
+def _sum(values: Sequence[Num]) -> Num:
     first, *rest = values
     for value in rest:
-        first = maximum(first, value)
+        first = first + value
     return first
 
 

@@ -1,8 +1,9 @@
 """Collectives and sends after a kernel, and beside one.
 
-`collective`: a call after a short copy, as calls lie between kernels in a layer; a row holds what it adds to the copy.
-`gemm_beside`, `attention_beside`, `attention_backward_beside`: a call, then a kernel beside it, then the wait for the call.  With
-the kernel the longer it shows what messages cost kernels, with the call the longer what kernels cost messages.
+`collective`: a call after a product of a few rows whose weights sweep the L2 cache, as calls follow products in a layer; a row
+holds what the call adds to the product.  `gemm_beside`, `attention_beside`, `attention_backward_beside`: a call, then a kernel
+beside it, then the wait for the call.  With the kernel the longer it shows what messages cost kernels, with the call the longer
+what kernels cost messages.
 
 Payloads are nccl-tests', in bf16.  A send goes to the next rank while one comes from the rank before.
 """
@@ -23,18 +24,19 @@ from simulator.kernels.gemm import gemm
 from simulator.kernels.messages import message
 from simulator.work import Group, Overlap, Work
 
-KERNELS: tuple[str, ...] = ("collective", "gemm_beside", "attention_beside", "attention_backward_beside")
+BESIDE: tuple[str, ...] = ("gemm_beside", "attention_beside", "attention_backward_beside")
+KERNELS: tuple[str, ...] = ("collective", *BESIDE)
 PATTERNS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
 IMPLS = PATTERNS
 #: 1 KiB to 4 GiB: powers of 4, from 256 KiB of 2.
 PAYLOADS = (*(4**i for i in range(5, 9)), *(2**i for i in range(18, 33)))
 #: Payloads beside a kernel, and extents of kernels: of a square product, and the tokens of causal attention of 32 heads, 8 of keys.
 PAYLOADS_BESIDE = (2**22, 2**24, 2**26, 2**28)
-EXTENTS = {"gemm_beside": (4096, 8192), "attention_beside": (8192, 16384), "attention_backward_beside": (8192,)}
+EXTENTS = {"gemm_beside": (6144, 8192), "attention_beside": (8192, 16384), "attention_backward_beside": (8192,)}
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TINY = 64
-#: What a short kernel copies: an H200 needs 1.5 us.
-COPIED_BYTES = 2**20
+#: Rows, inputs and outputs of the product before a call: 64 MiB of weights.
+BEFORE = (16, 4096, 8192)
 
 
 def cases(suite: str, ranks: int) -> list[Case]:
@@ -105,10 +107,11 @@ def build(which: Case, transport: Transport, device: Any) -> Callable[[], Any]:
     """The call after its kernel, or before the one that runs beside it."""
     call = Call(which.impl, payload_of(which), transport, device)
     if which.kernel == "collective":
-        source, target = (torch.empty((COPIED_BYTES,), device=device, dtype=torch.uint8) for _ in range(2))
+        rows, inputs, outputs = BEFORE if device.type == "cuda" else (1, 1, 1)
+        x, weight, out = (filled(shape, device) for shape in ((rows, inputs), (inputs, outputs), (rows, outputs)))
 
         def after() -> None:
-            target.copy_(source)
+            torch.mm(x, weight, out=out)
             call().wait()
 
         return after

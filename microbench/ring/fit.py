@@ -2,8 +2,8 @@
 
 - Links: for each pattern a few straight lines of seconds over wire bytes, of which a message takes the fastest, from collectives
   alone on the links.
-- Interference: kernels beside a message run 1 + i as long.  Fitted on what single messages add to single kernels, so that the
-  error of a kernel's own time does not enter.
+- Interference: the share of the SMs that a message of a pattern takes.  Fitted on what single messages add to single kernels, so
+  that the error of a kernel's own time does not enter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, minimize_scalar
+from scipy.optimize import least_squares
 
 from microbench.case import Case
 from microbench.ring import collectives
@@ -166,32 +166,26 @@ def links(rows: Sequence[Row], part: Gpu) -> list[MeasuredLink]:
     return found
 
 
-#: Kernels beside single messages, and what the calibration calls them.
-BESIDE = {"gemm_beside": "gemm", "attention_beside": "attention", "attention_backward_beside": "attention_backward"}
-
-
 def interference(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> dict[str, float]:
-    """How much longer kernels run beside messages on a link, by kernel: the i that explains what fitted messages add to a kernel
-    beside them; "" for kernels that none ran beside is that of all rows.
+    """The share of the SMs that messages take from kernels beside them, by pattern: what explains the seconds that fitted messages add
+    to a longer kernel; "" for patterns that ran beside none is that of all rows.
     """
-    used = [row for row in rows if row.backend == "nccl" and not row.case.held and row.case.kernel in BESIDE]
-    by_kernel = {"": used} | {kernel: [row for row in used if BESIDE[row.case.kernel] == kernel] for kernel in BESIDE.values()}
-    return {kernel: _slowed_by(some, part, calibration) for kernel, some in by_kernel.items() if len(some) >= LEAST}
+    used = [row for row in rows if row.backend == "nccl" and not row.case.held and row.case.kernel in collectives.BESIDE]
+    by_pattern = {"": used} | {pattern: [row for row in used if row.case.impl == pattern] for pattern in collectives.PATTERNS}
+    found = {pattern: _taken_by(some, part, calibration) for pattern, some in by_pattern.items() if len(some) >= LEAST}
+    return {pattern: round(share, 3) for pattern, share in found.items()}
 
 
-def _slowed_by(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> float:
-    """The i of the least absolute error of exposed seconds, each a share of its message's."""
-    works = [module_of(row.case).work(row.case) for row in rows]
-    machines = [cluster(part, row.case["ranks"]) for row in rows]
-    alone = [silent(work, Clock(machine, calibration)) for work, machine in zip(works, machines, strict=True)]
-    sent = [seconds_no_overlap(work, Clock(machine, calibration)) - own for work, machine, own in zip(works, machines, alone, strict=True)]
-
-    def loss(i: float) -> float:
-        told = replace(calibration, interference={"": i})
-        exposed = [predicted(work, Clock(machine, told)) - own for work, machine, own in zip(works, machines, alone, strict=True)]
-        return float(sum(abs(x - row.exposed_s) / m for x, row, m in zip(exposed, rows, sent, strict=True)))
-
-    return round(float(minimize_scalar(loss, bounds=(1e-4, 8.0), method="bounded", options={"xatol": 1e-4}).x), 3)
+def _taken_by(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> float:
+    """Median over the rows of added seconds over the message's own, where that is the shorter of the two."""
+    shares = []
+    for row in rows:
+        on = Clock(cluster(part, row.case["ranks"]), calibration)
+        work = module_of(row.case).work(row.case)
+        sent = float(seconds_no_overlap(work, on)) - silent(work, on)
+        if sent < row.silent_s:
+            shares.append(row.exposed_s / sent)
+    return float(np.median(shares)) if shares else 0.0
 
 
 @dataclass(frozen=True)

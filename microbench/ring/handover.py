@@ -1,5 +1,5 @@
 """A filled pipeline of n stages: in every tick each rank sends the activations it made in the tick before to the next stage,
-receives those of its next microbatch, and (`width` > 0) computes its present one beside: two products [T, D] x [D, width] x [D].
+receives those of its next microbatch, and computes its present one beside: two products [T, D] x [D, width] x [D].
 
 Handed over are the residual stream and the block output, 2 T D elements, as engines do.  The first rank receives nothing and the
 last sends nothing, so that a microbatch takes two ticks a stage; a row is `ticks` ticks of a rank between the two.
@@ -30,10 +30,10 @@ TICKS = 8
 
 
 def cases(suite: str, ranks: int) -> list[Case]:
-    """Microbatches of several sizes, alone and beside a stage's products."""
+    """Microbatches of several sizes."""
     if suite == "tiny":
-        return [_case(ranks, 6, 16, width, 3) for width in (0, 24)]
-    return [_case(ranks, t, hidden, width, TICKS) for hidden, inner in SHAPES for t in TOKENS for width in (0, inner)]
+        return [_case(ranks, 6, 16, 24, 3)]
+    return [_case(ranks, t, hidden, width, TICKS) for hidden, width in SHAPES for t in TOKENS]
 
 
 def _case(ranks: int, tokens: int, hidden: int, width: int, ticks: int) -> Case:
@@ -43,9 +43,9 @@ def _case(ranks: int, tokens: int, hidden: int, width: int, ticks: int) -> Case:
 def work(which: Case) -> Work:
     """A rank between the first and the last: in each tick a send, beside the products of the stage."""
     tokens, hidden, width = (float(which[name]) for name in ("tokens", "hidden", "width"))
-    spec = one_block(which["hidden"], GatedMLP(which["hidden"], max(which["width"], 1)))
+    spec = one_block(which["hidden"], GatedMLP(which["hidden"], which["width"]))
     send = Layout(pp=which["ranks"]).place(spec).pipeline.hand_over(tokens)
-    stage: list[Work] = [gemm("in", m=tokens, n=width, k=hidden), gemm("out", m=tokens, n=hidden, k=width)] if width else []
+    stage: list[Work] = [gemm("in", m=tokens, n=width, k=hidden), gemm("out", m=tokens, n=hidden, k=width)]
     together: list[Work] = [] if send is None else [send]
     return Repeat(float(which["ticks"]), Overlap([*together, Serial(stage)]))
 
@@ -57,7 +57,7 @@ class Stage:
         hidden, width = which["hidden"], which["width"]
         self.transport = transport
         self.arrived, self.made = ([filled((2, which["tokens"], hidden), device, dtype) for _ in range(2)] for _ in range(2))
-        self.weights = [filled((hidden, width), device, dtype, hidden**-0.5), filled((width, hidden), device, dtype, width**-0.5)] if width else []
+        self.weights = [filled((hidden, width), device, dtype, hidden**-0.5), filled((width, hidden), device, dtype, width**-0.5)]
 
     def tick(self, number: int) -> None:
         """Send what tick `number` - 1 made, receive what tick `number` + 1 needs, compute beside."""
@@ -66,8 +66,7 @@ class Stage:
         sends = [(self.made[other], rank + 1)] if rank < last else []
         receives = [(self.arrived[other], rank - 1)] if rank > 0 else []
         under_way = self.transport.exchange(sends, receives)
-        if self.weights:
-            self.compute(self.arrived[now], self.made[now])
+        self.compute(self.arrived[now], self.made[now])
         under_way.wait()
 
     def compute(self, given: Any, made: Any) -> None:

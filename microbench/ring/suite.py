@@ -7,7 +7,7 @@ the code runs and says nothing of time.
 A row holds the slowest rank's seconds of the whole program, and of the same program when nothing is sent (`silent_s`).  The two
 take turns, a few milliseconds each, so that both see the same clocks and temperatures; `exposed_s` is the median of what lies
 between neighbours, exposed communication, and `exposed_se_s` that median's standard error.  Of a collective alone the seconds
-are such differences themselves: a call after a short kernel less the kernel, as a call lies between others in a layer.
+are such differences themselves: a call after a kernel less the kernel.
 
 On several GPUs CUDA_DEVICE_MAX_CONNECTIONS is 1 unless it was set: kernels then start in the order in which they were launched.
 Otherwise the persistent kernels of attention and products, whose stream waits for nothing, take every SM before a message's own
@@ -78,8 +78,8 @@ ORDERED = "CUDA_DEVICE_MAX_CONNECTIONS"
 SEVERAL = 3
 #: Tokens of a rank at which attention is checked.
 FEW = 256
-#: A program shorter than this is captured in a graph, many times over, so that the host's launches do not show.
-GRAPH_BELOW_S, MOST_CAPTURES = 3e-3, 64
+#: Where the host takes more than this share of a program's time to launch it, it is captured in a graph, many times over.
+HOST_SHARE, MOST_CAPTURES = 0.6, 64
 COLUMNS = (
     "kernel", "impl", "dtype", "regime", "shape", "held", "backend", "captured", "p20_s", "p50_s", "p80_s", "samples", "silent_s", "exposed_s",
     "exposed_se_s", "error", "sm_clock_hz", "power_w", "sent_bytes",
@@ -322,9 +322,11 @@ def _turns(alone: Callable[[], Any], run: Callable[[], Any], transport: Transpor
     for one in (alone, run):
         one()
         one()
-    once = transport.agree([between(run)])[0]
+    torch.cuda.synchronize()
+    launching = _on_host(run)
+    launching, once = transport.agree([launching, between(run)])
     per, programs = 1, (alone, run)
-    if once < GRAPH_BELOW_S:
+    if launching > HOST_SHARE * once:
         per = int(min(max(TURN_S / max(once, 1e-5), 1), MOST_CAPTURES))
         programs = (captured_graph(lambda _: alone(), per), captured_graph(lambda _: run(), per))
     each = transport.agree([between(programs[1])])[0]
