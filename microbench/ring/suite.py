@@ -78,8 +78,8 @@ ORDERED = "CUDA_DEVICE_MAX_CONNECTIONS"
 SEVERAL = 3
 #: Tokens of a rank at which attention is checked.
 FEW = 256
-#: Where the host takes more than this share of a program's time to launch it, it is captured in a graph, many times over.
-HOST_SHARE, MOST_CAPTURES = 0.6, 64
+#: A program this short, or one of whose time launching takes more than this share, is captured in a graph, many times over.
+GRAPH_BELOW_S, HOST_SHARE, MOST_CAPTURES = 2e-4, 0.5, 64
 COLUMNS = (
     "kernel", "impl", "dtype", "regime", "shape", "held", "backend", "captured", "p20_s", "p50_s", "p80_s", "samples", "silent_s", "exposed_s",
     "exposed_se_s", "error", "sm_clock_hz", "power_w", "sent_bytes",
@@ -326,7 +326,7 @@ def _turns(alone: Callable[[], Any], run: Callable[[], Any], transport: Transpor
     launching = _on_host(run)
     launching, once = transport.agree([launching, between(run)])
     per, programs = 1, (alone, run)
-    if launching > HOST_SHARE * once:
+    if once < GRAPH_BELOW_S or launching > HOST_SHARE * once:
         per = int(min(max(TURN_S / max(once, 1e-5), 1), MOST_CAPTURES))
         programs = (captured_graph(lambda _: alone(), per), captured_graph(lambda _: run(), per))
     each = transport.agree([between(programs[1])])[0]
