@@ -57,7 +57,7 @@ class Op:
 
     @property
     def live_bytes(self) -> Bytes:
-        """Activations that exist while it runs."""
+        """Activations that exist while it runs, but for the residual stream and what an earlier op keeps for backward."""
         return self.aside().live_bytes
 
     @property
@@ -77,6 +77,17 @@ class Aside(NamedTuple):
     vector_flops: Flops = 0.0
     live_bytes: Bytes = 0.0
     saved_bytes: Bytes = 0.0
+
+
+def beside(held: Bytes, *ops: Op) -> list[Op]:
+    """The ops, with `held` bytes of activations living beside each: made before it, read only after it."""
+
+    def widened(aside: Callable[[], Aside]) -> Callable[[], Aside]:
+        return lambda: (found := aside())._replace(live_bytes=found.live_bytes + held)
+
+    for op in ops:
+        op.aside = widened(op.aside)
+    return list(ops)
 
 
 @dataclass(slots=True, eq=False)

@@ -48,11 +48,17 @@ def activation(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op
 
 
 def backward(op: Op) -> Op:
-    """The gradient of an elementwise op: reads its inputs and the incoming gradient, frees what it saved."""
-    return elementwise(
+    """The gradient of an elementwise op: reads its inputs and the incoming gradient, frees what it saved.
+
+    Alive beside what was saved: a gradient for every tensor that the op read or wrote.
+    """
+    found = elementwise(
         f"{op.name} backward", rows=1.0, read=op.hbm_bytes, written=op.hbm_bytes * 0.5, impl=op.impl, dtype=INT8,
         kept=-op.saved_bytes, flops_per_element=2.0,
     )  # fmt: skip
+    aside = found.aside
+    found.aside = lambda: aside()._replace(live_bytes=op.live_bytes)
+    return found
 
 
 def rotary(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:

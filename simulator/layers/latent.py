@@ -162,6 +162,16 @@ class LatentAttention(Remembers):
         if is_backward:
             return Serial([core, backward(whole), gemm_backward("kv up", **size, weight=self.weight)])
         expand = gemm("kv up", **size, weight=self.weight)
-        # engines expand a long context piece by piece and merge by log-sum-exp; vLLM's profile run reserves the expansion alone
-        expand.aside = whole.aside = lambda: Aside(live_bytes=minimum(size["m"], EXPANSION_TOKENS) * (size["n"] + size["k"]) * BF16.bytes)
+        per_token = segment.tokens * (held.heads * BF16.bytes)
+        queries, outputs = per_token * self.qk_head_dim, per_token * self.v_head_dim
+        core_aside = core.aside
+
+        def rows(width: Num) -> Num:
+            """Engines expand a long context piece by piece and merge by log-sum-exp."""
+            return minimum(size["m"], EXPANSION_TOKENS) * (width * BF16.bytes)
+
+        # the queries are there before the expansion; it stays for its values, beside the keys
+        expand.aside = lambda: Aside(live_bytes=queries + rows(size["k"] + size["n"]))
+        whole.aside = lambda: Aside(live_bytes=queries + rows(size["k"] + size["n"] + held.heads * self.qk_head_dim))
+        core.aside = lambda: core_aside()._replace(live_bytes=whole.live_bytes + outputs)
         return Serial([expand, whole, core])
