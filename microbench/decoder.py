@@ -324,11 +324,15 @@ class Block:
         x, residual = self._norm(self.mixed(handed), residual, 1)
         handed = [x]
         del x
-        return self._experts(handed) if isinstance(self.channel, MoE) else self._mlp(handed), residual
+        return self.channelled(handed), residual
 
     def mixed(self, handed: list[Any]) -> Any:
         """The mixer alone."""
         return self._latent_mixer(handed) if isinstance(self.mixer, LatentAttention) else self._attention(handed)
+
+    def channelled(self, handed: list[Any]) -> Any:
+        """The channel mixer alone."""
+        return self._experts(handed) if isinstance(self.channel, MoE) else self._mlp(handed)
 
     def share(self, other: Block) -> None:
         """Take the weights and the cache of another block of the same layer, whose prompts this one continues at their last token."""

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from simulator.data import (
     data_path,
     observed,
 )
+from simulator.dtypes import C_BF16
 from simulator.hardware import cluster, gpu
+from simulator.kernels.attention import Segment
 from simulator.timing import Clock, seconds_bound, seconds_expected
+from simulator.work import Serial, peak_bytes
 
 torch = pytest.importorskip("torch")
 
@@ -332,6 +336,25 @@ def test_whole_layers_hold_what_their_programs_allocate(which: Case) -> None:
     found = decoder.traced(which)
     assert decoder.peak_bytes_of(which) == pytest.approx(found.peak_bytes, rel=2e-3)
     assert decoder.resident_bytes(which) == pytest.approx(found.resident_bytes, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "mla"])
+@pytest.mark.parametrize("half", ["mixer", "channel"])
+def test_each_half_of_a_layer_holds_what_its_program_allocates(kind: str, half: str) -> None:
+    """To the byte but for roundings: the halves that are not the widest of their layer too, beyond norm and residual stream."""
+    tokens, spec = 4096, decoder.model_of(kind)
+    layers = spec.blocks[0][1]
+    layer = layers[half == "channel"]
+
+    def build(device: torch.device) -> Callable[[], Any]:
+        block = decoder.Block(spec, layers, 1, tokens, tokens, device)
+        run = block.mixed if half == "mixer" else block.channelled
+        return lambda: run([torch.empty(tokens, spec.hidden_size, device=device, dtype=torch.bfloat16)])
+
+    found = live.trace(build)
+    work = layer.work(layer.whole((Segment(1.0, float(tokens), 0.0),)), cache=C_BF16)
+    assert isinstance(work, Serial)
+    assert peak_bytes(Serial(work.parts[1:])) == pytest.approx(found.peak_bytes - found.resident_bytes, rel=1e-4)
 
 
 def test_the_peak_is_that_of_tensors_alive_together() -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.dtypes import BF16, C_BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
+from simulator.dtypes import BF16, C_BF16, FP32, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal, Mask, Segment, attention
-from simulator.kernels.elementwise import backward, copy, join, norm, rotary
+from simulator.kernels.elementwise import backward, copy, join, norm, norm_in_place, rotary
 from simulator.kernels.gemm import Size, batched_gemm, gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
 from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Mixing, Module, Remembers, Slice, Split, StateRules, shared_share
@@ -97,7 +97,7 @@ class LatentAttention(Remembers):
         down = latent + (self.q_lora_rank or 0)
         query: Size = {"m": tokens, "n": held.heads * held.query_ranks * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
         first = norm("attention norm", tokens=tokens, width=width)
-        inner = norm("latent norm", tokens=tokens, width=down / 2)
+        inner = norm_in_place("latent norm", tokens=tokens, width=down)
         turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * (self.qk_rope_head_dim if self.rotary else 0))
         down_size: Size = {"m": tokens, "n": down, "k": width}
         o_size: Size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
@@ -163,15 +163,16 @@ class LatentAttention(Remembers):
             return Serial([core, backward(whole), gemm_backward("kv up", **size, weight=self.weight)])
         expand = gemm("kv up", **size, weight=self.weight)
         per_token = segment.tokens * (held.heads * BF16.bytes)
-        queries, outputs = per_token * self.qk_head_dim, per_token * self.v_head_dim
+        queries, outputs = per_token * self.qk_head_dim, per_token * self.v_head_dim + segment.tokens * held.heads * FP32.bytes
         core_aside = core.aside
 
         def rows(width: Num) -> Num:
             """Engines expand a long context piece by piece and merge by log-sum-exp."""
             return minimum(size["m"], EXPANSION_TOKENS) * (width * BF16.bytes)
 
-        # the queries are there before the expansion; it stays for its values, beside the keys
-        expand.aside = lambda: Aside(live_bytes=queries + rows(size["k"] + size["n"]))
-        whole.aside = lambda: Aside(live_bytes=queries + rows(size["k"] + size["n"] + held.heads * self.qk_head_dim))
+        # the queries are there before the expansion, which stays for its values beside the keys made of it
+        made = size["k"] + self.qk_rope_head_dim + size["n"]
+        expand.aside = lambda: Aside(live_bytes=queries + rows(made))
+        whole.aside = lambda: Aside(live_bytes=queries + rows(made + held.heads * self.qk_head_dim))
         core.aside = lambda: core_aside()._replace(live_bytes=whole.live_bytes + outputs)
         return Serial([expand, whole, core])
