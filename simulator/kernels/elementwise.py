@@ -65,8 +65,8 @@ def backward(op: Op) -> Op:
         f"{op.name} backward", rows=1.0, read=op.hbm_bytes, written=op.hbm_bytes * 0.5, impl=op.impl, dtype=INT8,
         kept=-op.saved_bytes, flops_per_element=2.0,
     )  # fmt: skip
-    aside = found.aside
-    found.aside = lambda: aside()._replace(live_bytes=op.live_bytes)
+    own, forward = found.aside, op.aside
+    found.aside = lambda: own()._replace(live_bytes=forward().live_bytes)
     return found
 
 

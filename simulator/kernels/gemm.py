@@ -92,5 +92,6 @@ def gemm_backward(
     """
     dx = gemm(f"{name} dX", m=m, n=k, k=n, weight=weight)
     dw = gemm(f"{name} dW", m=k, n=n, k=m, out=gradient)
-    dw.aside = lambda: Aside(live_bytes=dx.live_bytes, saved_bytes=-freed_bytes)
+    alive = dx.aside
+    dw.aside = lambda: Aside(live_bytes=alive().live_bytes, saved_bytes=-freed_bytes)
     return Serial([dx, dw])

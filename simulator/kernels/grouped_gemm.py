@@ -107,5 +107,6 @@ def grouped_gemm_backward(
     """
     dx = grouped_gemm(f"{name} dX", rows=rows, experts=experts, n=k, k=n, weight=weight)
     dw = grouped_gemm(f"{name} dW", rows=experts * k, experts=experts, n=n, k=rows / maximum(experts, 1.0))
-    dw.aside = lambda: Aside(live_bytes=dx.live_bytes, saved_bytes=-freed_bytes)
+    alive = dx.aside
+    dw.aside = lambda: Aside(live_bytes=alive().live_bytes, saved_bytes=-freed_bytes)
     return [dx, dw]

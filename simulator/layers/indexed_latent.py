@@ -61,7 +61,10 @@ class IndexedLatentAttention(LatentAttention):
         down = latent + (self.q_lora_rank or 0)
         steps.linear("q kv down", m=tokens, n=down, k=width, weight=self.weight)
         steps.stream(norm_in_place("latent norm", tokens=tokens, width=down))
-        steps.linear("q up", m=tokens, n=held.heads * self.qk_head_dim, k=float(self.q_lora_rank or width), weight=self.weight)
+        steps.linear(
+            "q up", m=tokens, n=held.heads * self.qk_head_dim, k=float(self.q_lora_rank or width), weight=self.weight,
+            saved_bytes=tokens * ((self.q_lora_rank or 0) * BF16.bytes),
+        )  # fmt: skip
         steps.stream(rotary("rotary", tokens=tokens, width=(held.heads + 1) * self.qk_rope_head_dim))
         steps.forward_only(copy("cache write", rows=tokens, width=latent))
         if not self.indexer_shared:

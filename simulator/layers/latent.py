@@ -101,16 +101,18 @@ class LatentAttention(Remembers):
         turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * (self.qk_rope_head_dim if self.rotary else 0))
         down_size: Size = {"m": tokens, "n": down, "k": width}
         o_size: Size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
+        # normed latents are kept beside what their norm read; queries made straight from x find it kept by the block's norm
+        asked_bytes = tokens * ((self.q_lora_rank or 0) * BF16.bytes)
         if direction is Direction.BACKWARD:
             return Serial([
                 gemm_backward("o", **o_size, weight=self.weight),
                 Mixing([self._expanded(held, segment, is_backward=True) for segment in held.segments]),
-                backward(turned), gemm_backward("q up", **query, weight=self.weight), backward(inner),
+                backward(turned), gemm_backward("q up", **query, weight=self.weight, freed_bytes=asked_bytes), backward(inner),
                 gemm_backward("q kv down", **down_size, weight=self.weight), backward(first),
             ])  # fmt: skip
         return Serial([
             first, gemm("q kv down", **down_size, weight=self.weight), inner,
-            gemm("q up", **query, weight=self.weight), turned, copy("cache write", rows=tokens, width=latent),
+            gemm("q up", **query, weight=self.weight, saved_bytes=asked_bytes), turned, copy("cache write", rows=tokens, width=latent),
             Mixing([self._core(held, segment, cache) for segment in held.segments]),
             gemm("o", **o_size, weight=self.weight),
         ])  # fmt: skip
@@ -159,8 +161,9 @@ class LatentAttention(Remembers):
             v_head_dim=self.v_head_dim, mask=self.mask, dtype=BF16, cache=C_BF16, backward=is_backward,
         )  # fmt: skip
         whole = join("key assembly", rows=size["m"], heads=held.heads, plain=self.qk_nope_head_dim, turned=self.qk_rope_head_dim)
+        latents = segment.tokens * (size["k"] * BF16.bytes)
         if is_backward:
-            return Serial([core, backward(whole), gemm_backward("kv up", **size, weight=self.weight)])
+            return Serial([core, backward(whole), gemm_backward("kv up", **size, weight=self.weight, freed_bytes=latents)])
         expand = gemm("kv up", **size, weight=self.weight)
         per_token = segment.tokens * (held.heads * BF16.bytes)
         queries, outputs = per_token * self.qk_head_dim, per_token * self.v_head_dim + segment.tokens * held.heads * FP32.bytes
@@ -172,7 +175,7 @@ class LatentAttention(Remembers):
 
         # the queries are there before the expansion, which stays for its values beside the keys made of it
         made = size["k"] + self.qk_rope_head_dim + size["n"]
-        expand.aside = lambda: Aside(live_bytes=queries + rows(made))
+        expand.aside = lambda: Aside(live_bytes=queries + rows(made), saved_bytes=latents)
         whole.aside = lambda: Aside(live_bytes=queries + rows(made + held.heads * self.qk_head_dim))
         core.aside = lambda: core_aside()._replace(live_bytes=whole.live_bytes + outputs)
         return Serial([expand, whole, core])

@@ -123,16 +123,16 @@ class MoE:
         out_of: Size = {"m": tokens, "n": width, "k": outer}
         narrow = self.latent_size is not None
         sent_bytes, inner_bytes = rows * (outer * BF16.bytes), rows * (inner * BF16.bytes)
-        # what shared experts read, forward the layer's input, backward its gradient, lives beside the routed ones
+        # what shared experts are to read, or the gradient that they left, lives beside the routed ones
         shared_bytes = tokens * (width * BF16.bytes) if self.shared_intermediate_size else 0.0
         if direction is Direction.BACKWARD:
             down = grouped_gemm_backward("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight, freed_bytes=inner_bytes)
             up = grouped_gemm_backward("experts gate up", rows=rows, experts=hit, n=ups, k=outer, weight=weight, freed_bytes=sent_bytes)
             return Serial([
-                *([gemm_backward("latent out", **out_of, weight=self.weight)] if narrow else []),
+                *self._shared_work(held, direction), *([gemm_backward("latent out", **out_of, weight=self.weight)] if narrow else []),
                 *beside(shared_bytes, backward(summed), *down, backward(gate), *up, backward(sent)),
                 *([gemm_backward("latent in", **into, weight=self.weight)] if narrow else []),
-                *self._shared_work(held, direction), gemm_backward("router", **router), backward(first),
+                gemm_backward("router", **router), backward(first),
             ])  # fmt: skip
         up_op = grouped_gemm("experts gate up", rows=rows, experts=hit, n=ups, k=outer, weight=weight, saved_bytes=sent_bytes)
         down_op = grouped_gemm("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight, saved_bytes=inner_bytes)
