@@ -338,6 +338,24 @@ def test_whole_layers_hold_what_their_programs_allocate(which: Case) -> None:
     assert decoder.resident_bytes(which) == pytest.approx(found.resident_bytes, rel=2e-3)
 
 
+def test_attention_backward_holds_the_workspace_that_is_counted() -> None:
+    """On a GPU, single launches of cuDNN and FlashAttention-2 from 32K to 1M tokens: saved tensors, gradients, workspace and a
+    remainder that is the same for all cases of a run, what else the process held.
+    """
+    found = 0
+    for file in RUNS:
+        facts, rows = read(file)
+        others = []
+        for row in (row for row in rows if row["kernel"] == "attention_backward" and row["impl"] in ("cudnn", "flash2")):
+            which = case_of(row)
+            op = attention.op(which)
+            if which["tokens"] >= 32768 and sets_for(float(op.hbm_bytes), float(facts["l2_bytes"]), attention.MOST_CACHE)[0] == 1:
+                others.append(float(row["peak_bytes"]) - float(op.live_bytes - op.saved_bytes))
+        found += len(others)
+        assert not others or max(others) - min(others) <= 2e6, file.stem
+    assert found >= 20
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe", "mla"])
 @pytest.mark.parametrize("half", ["mixer", "channel"])
 def test_each_half_of_a_layer_holds_what_its_program_allocates(kind: str, half: str) -> None:
