@@ -32,7 +32,7 @@ from simulator.layers.layer import Direction, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import System
-from simulator.work import Op, Passes, PeakBytes, Serial, Work, fold, quantity
+from simulator.work import Op, Passes, Serial, Work, fold, peak_bytes, quantity
 
 KERNELS: tuple[str, ...] = ("decoder_layer", "model")
 MODELS = {
@@ -180,12 +180,12 @@ def peak_bytes_of(which: Case) -> float:
     """Most bytes a case should hold: what lies there throughout, and the fold of what its ops hold in turn beside the residual stream
     (backward: its gradient).
 
-    Neglected: slots, page tables and expert choices (a few bytes a token); partial outputs of a decode's splits (one fp32 row of a
-    head's values for each of some 264 programs' heads: at most 9 MB); the allocator's rounding (at most 1 MiB a tensor).
+    Neglected: slots, page tables and expert choices (a few bytes a token); partial outputs of a decode's splits (an fp32 row of values
+    for each head of some 264 programs: at most 9 MB); what the allocator does not split from a block (at most 1 MiB a tensor).
     """
-    training = which.impl.endswith("training")
-    stream = which["sequences"] * which["tokens"] * model_of(which.impl.partition(".")[0]).hidden_size * BF16.bytes
-    return resident_bytes(which) + stream + float(fold(work(which), PeakBytes(keeps_saved=training))[1])
+    kind, _, phase = which.impl.partition(".")
+    stream = which["sequences"] * which["tokens"] * model_of(kind).hidden_size * BF16.bytes
+    return resident_bytes(which) + stream + float(peak_bytes(work(which), keeps_saved=phase == "training"))
 
 
 def resident_bytes(which: Case) -> float:
@@ -193,16 +193,17 @@ def resident_bytes(which: Case) -> float:
     training no cache but the gradients of the weights.
     """
     kind, _, phase = which.impl.partition(".")
-    spec, segment = model_of(kind), segment_of(which)
+    spec, segment, training = model_of(kind), segment_of(which), phase == "training"
     held = 0.0
     for count, block in spec.blocks:
         for layer in block:
             share = layer.whole((segment,))
-            held += count * float(weight_bytes(layer, share)) * (2 if phase == "training" else 1)
+            held += count * float(weight_bytes(layer, share)) * (2 if training else 1)
             if is_mixer(layer):
                 assert isinstance(layer, Attention | LatentAttention)
-                held += count * float(layer.state_bytes(share, C_BF16)) if phase != "training" else 0.0
-                held += count * which["context"] * (layer.qk_rope_head_dim if isinstance(layer, LatentAttention) else layer.rotary_dim) * FP32.bytes
+                turned = layer.qk_rope_head_dim if isinstance(layer, LatentAttention) else layer.rotary_dim
+                cached = 0.0 if training else float(layer.state_bytes(share, C_BF16))
+                held += count * (cached + which["context"] * turned * FP32.bytes)
     rows = spec.vocab_size if which.kernel == "model" else 2 * which["sequences"] * which["tokens"]
     return _copies(which) * held + rows * spec.hidden_size * BF16.bytes
 
