@@ -220,6 +220,9 @@ def forward(impl: str, q: Any, k: Any, v: Any, *, window: int = 0, causal: bool 
     if causal and (q.shape[1] != k.shape[1] or window):
         message = f"attention impl {impl!r}: PyTorch offers no chunk after a prefix and no window here; use flash2"
         raise ValueError(message)
+    if impl == "cudnn":
+        # what scaled_dot_product_attention comes down to
+        return _cudnn(q, k, v, causal=causal, saves=False)[0].transpose(1, 2)
     with torch.nn.attention.sdpa_kernel(_backend(impl)):
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), *(_repeated(impl, t, q).transpose(1, 2) for t in (k, v)), is_causal=causal, enable_gqa=impl != "efficient"
@@ -235,9 +238,7 @@ def _repeated(impl: str, t: Any, q: Any) -> Any:
 
 def _backend(impl: str) -> Any:
     backend = torch.nn.attention.SDPBackend
-    named = {
-        "math": backend.MATH, "efficient": backend.EFFICIENT_ATTENTION, "flash2": backend.FLASH_ATTENTION, "cudnn": backend.CUDNN_ATTENTION,
-    }  # fmt: skip
+    named = {"math": backend.MATH, "efficient": backend.EFFICIENT_ATTENTION, "flash2": backend.FLASH_ATTENTION}
     return named[impl]
 
 
@@ -248,14 +249,18 @@ def _flash2(q: Any, k: Any, v: Any, window: int = 0, *, causal: bool = True) -> 
     )  # fmt: skip
 
 
+def _cudnn(q: Any, k: Any, v: Any, *, causal: bool, saves: bool) -> Any:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
+        *(t.transpose(1, 2) for t in (q, k, v)), None, saves, 0.0, causal, False
+    )
+
+
 def saving(impl: str, q: Any, k: Any, v: Any, *, causal: bool = True) -> Any:
     """What the backward of `impl` needs of the forward."""
     if impl == "flash2":
         return _flash2(q, k, v, causal=causal)
     if impl == "cudnn":
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
-            *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, causal, False
-        )
+        return _cudnn(q, k, v, causal=causal, saves=True)
     if impl == "efficient":
         q, k, v = q.transpose(1, 2), _repeated(impl, k, q).transpose(1, 2), _repeated(impl, v, q).transpose(1, 2)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)  # noqa: SLF001

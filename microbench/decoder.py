@@ -3,7 +3,8 @@
 Dense (Llama-3.1-8B), experts (Qwen3-30B-A3B), latent (DeepSeek-V2-Lite): prefill of a prompt, decode of a batch under a CUDA
 graph, and one forward and backward (dense).  Expert choices are drawn beforehand: top-k and sorting are not timed.
 Weights are random; what a layer remembers lies in a paged cache.  `parts` are a layer's own ops as cases of the other modules:
-measured beside the layer on one card, they say whether its time is their sum.
+measured beside the layer on one card, they say whether its time is their sum.  A tensor dies with its last reader, as in an engine
+that compiles its layers: what a function is to free comes in a list, `given` or `handed`, so that no caller's name keeps it alive.
 
 Legend: D hidden, h heads, g key-value heads, d head_dim, T tokens.
 """
@@ -19,11 +20,11 @@ from typing import Any
 
 import torch
 
-from microbench import attention, elementwise, gemm
+from microbench import attention, elementwise, gemm, live
 from microbench.case import HANDED, Case, Prepared, case, relative
 from microbench.elementwise import EPS
 from microbench.gemm import grouped
-from simulator.dtypes import C_BF16
+from simulator.dtypes import BF16, C_BF16, FP32
 from simulator.hf import load_model
 from simulator.kernels.attention import Segment
 from simulator.layers import Attention, LatentAttention, MoE
@@ -31,7 +32,7 @@ from simulator.layers.layer import Direction, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.phases import System
-from simulator.work import Op, Passes, PeakBytes, Serial, Work, fold, quantity
+from simulator.work import Op, Passes, Serial, Work, fold, peak_bytes, quantity
 
 KERNELS: tuple[str, ...] = ("decoder_layer", "model")
 MODELS = {
@@ -158,7 +159,12 @@ def beside(suite: str = "full") -> list[Case]:
 
 
 def prepare(which: Case, device: Any) -> Prepared:
-    """Build the layer or model, run it once and note the most memory it held."""
+    """Build the layer or model, run it once and note the most memory it held.
+
+    Beside it lies the workspace that cuBLAS takes with its first product and keeps (32 MiB on Hopper).
+    """
+    if device.type == "cuda":
+        _weights(device, 16, 16) @ _weights(device, 16, 16)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     run = build(which, device)
     if device.type == "cuda":
@@ -171,42 +177,72 @@ def prepare(which: Case, device: Any) -> Prepared:
 
 
 def peak_bytes_of(which: Case) -> float:
-    """Most bytes a case should hold: weights and caches of its copies, its two inputs, the residual stream, the widest op, the
-    rotary table.  Neglected: expert choices and page tables (a few bytes a token), weight gradients of the training direction.
+    """Most bytes a case should hold: what lies there throughout, and the fold of what its ops hold in turn beside the residual stream
+    (backward: its gradient).
+
+    Neglected: slots, page tables and expert choices (a few bytes a token); partial outputs of a decode's splits (an fp32 row of values
+    for each head of some 264 programs: at most 9 MB); what the allocator does not split from a block (at most 1 MiB a tensor).
     """
     kind, _, phase = which.impl.partition(".")
-    spec, segment = model_of(kind), segment_of(which)
-    tokens = float(which["sequences"] * which["tokens"])
+    stream = which["sequences"] * which["tokens"] * model_of(kind).hidden_size * BF16.bytes
+    return resident_bytes(which) + stream + float(peak_bytes(work(which), keeps_saved=phase == "training"))
+
+
+def resident_bytes(which: Case) -> float:
+    """What lies there throughout: weights, caches and rotary tables of the layers; a layer's two inputs, or a model's embedding; in
+    training no cache but the gradients of the weights.
+    """
+    kind, _, phase = which.impl.partition(".")
+    spec, segment, training = model_of(kind), segment_of(which), phase == "training"
     held = 0.0
     for count, block in spec.blocks:
         for layer in block:
             share = layer.whole((segment,))
-            held += count * float(weight_bytes(layer, share))
+            held += count * float(weight_bytes(layer, share)) * (2 if training else 1)
             if is_mixer(layer):
                 assert isinstance(layer, Attention | LatentAttention)
-                held += count * float(layer.state_bytes(share, C_BF16))
-                rope = layer.qk_rope_head_dim if isinstance(layer, LatentAttention) else layer.rotary_dim
-                held += count * which["context"] * rope * 4.0
-    copies = 4 if which.kernel == "decoder_layer" and phase == "decode" else 1
-    embedding = spec.vocab_size * spec.hidden_size * 2.0 if which.kernel == "model" else 0.0
-    _, widest = fold(work(which), PeakBytes(keeps_saved=phase == "training"))
-    return copies * held + embedding + 3 * tokens * spec.hidden_size * 2 + float(widest)
+                turned = layer.qk_rope_head_dim if isinstance(layer, LatentAttention) else layer.rotary_dim
+                cached = 0.0 if training else float(layer.state_bytes(share, C_BF16))
+                held += count * (cached + which["context"] * turned * FP32.bytes)
+    rows = spec.vocab_size if which.kernel == "model" else 2 * which["sequences"] * which["tokens"]
+    return _copies(which) * held + rows * spec.hidden_size * BF16.bytes
+
+
+def traced(which: Case) -> live.Trace:
+    """What a case holds, by the account of its allocations on no GPU."""
+    return live.trace(lambda device: build(which, device))
+
+
+def kernels_of(device: Any) -> Any:
+    """The Triton kernels, or on the meta device what they allocate."""
+    if device.type == "meta":
+        return live.kernels()
+    from microbench import kernels_triton  # noqa: PLC0415 (needs a GPU)
+
+    return kernels_triton
+
+
+def _copies(which: Case) -> int:
+    """How many copies of a decoding layer take turns, so that none finds its weights in the L2 cache."""
+    return 4 if which.kernel == "decoder_layer" and which.impl.endswith("decode") else 1
 
 
 def build(which: Case, device: Any) -> Callable[[], Any]:
     """A function of no arguments that runs the case once."""
     kind, _, phase = which.impl.partition(".")
     spec, batch, new, seen = model_of(kind), which["sequences"], which["tokens"], which["context"]
-    sets = 4 if which.kernel == "decoder_layer" and phase == "decode" else 1
-    stack = [Block(spec, block, batch, new, seen, device) for count, block in spec.blocks for _ in range(count * sets)]
-    x, residual = (torch.randn(batch * new, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    stack: list[Block] = []
+    for count, block in spec.blocks:
+        for _ in range(count * _copies(which)):
+            stack.append(Block(spec, block, batch, new, seen, device, like=stack[0] if stack else None))
     if which.kernel == "model":
         return Whole(spec, stack, batch * new, batch, device)
+    x, residual = (torch.randn(batch * new, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
     if phase == "training":
+        stack[0].make_trainable()
         return lambda: stack[0].training(x, residual)
-    # four copies of the layer take turns, so that none finds its weights in the L2 cache
     turn = cycle(stack)
-    return lambda: next(turn)(x, residual)
+    return lambda: next(turn)([x, residual])
 
 
 def _weights(device: Any, *shape: int) -> Any:
@@ -214,13 +250,12 @@ def _weights(device: Any, *shape: int) -> Any:
 
 
 class Block:
-    """One decoder layer with its weights and cache."""
+    """One decoder layer with its weights and cache.  Layers `like` another use its scratch, as those of an engine do."""
 
-    def __init__(self, spec: ModelSpec, block: Any, batch: int, new: int, seen: int, device: Any) -> None:
-        from microbench import kernels_triton  # noqa: PLC0415 (needs a GPU)
-
-        self.kernels = kernels_triton
+    def __init__(self, spec: ModelSpec, block: Any, batch: int, new: int, seen: int, device: Any, *, like: Block | None = None) -> None:
+        self.kernels = kernels_of(device)
         self.mixer, self.channel = block
+        self.scratch: Any = like.scratch if like else None
         self.width, self.batch, self.new, self.seen, self.device = spec.hidden_size, batch, new, seen, device
         self.norms = [torch.ones(self.width, device=device, dtype=torch.bfloat16) for _ in range(2)]
         pages = -(-seen // attention.PAGE)
@@ -244,7 +279,8 @@ class Block:
             self.latent = _weights(device, pages, attention.PAGE, r + rope)
             self.inner = torch.ones(r, device=device, dtype=torch.bfloat16)
             self.rope = _table(self.seen, rope, device)
-            self.scratch = self.kernels.latent_scratch(self.batch, h, r, self.seen, self.kernels.head_block(h), device)
+            if self.new == 1 and self.scratch is None:
+                self.scratch = self.kernels.latent_scratch(self.batch, h, r, self.seen, self.kernels.head_block(h), device)
             return
         h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
         self.qkv = _weights(device, (h + 2 * g) * d, width)
@@ -252,7 +288,8 @@ class Block:
         self.cache = [_weights(device, pages, attention.PAGE, g, d) for _ in range(2)]
         self.rope = _table(self.seen, d, device)
         self.head_norm = torch.ones(d, device=device, dtype=torch.bfloat16)
-        self.scratch = self.kernels.paged_scratch(self.batch, h, g, d, self.seen, device)
+        if self.new == 1 and self.scratch is None:
+            self.scratch = self.kernels.paged_scratch(self.batch, h, g, d, self.seen, device)
 
     def _channel_weights(self) -> None:
         channel, device, width, tokens = self.channel, self.device, self.width, self.batch * self.new
@@ -267,25 +304,36 @@ class Block:
         order = chosen.argsort(stable=True)
         self.sources = (order // top).to(torch.int32)
         self.places = order.argsort().view(tokens, top).to(torch.int32)
-        self.ends = torch.bincount(chosen, minlength=experts).cumsum(0).to(torch.int32)
+        self.ends = torch.searchsorted(chosen[order], torch.arange(experts, device=device), right=True).to(torch.int32)
         self.shares = torch.full((tokens, top), 1 / top, device=device, dtype=torch.bfloat16)
         if channel.shared_intermediate_size:
             inner = channel.shared_intermediate_size
             self.shared_up, self.shared_down = _weights(device, 2 * inner, width), _weights(device, width, inner)
 
-    def __call__(self, x: Any, residual: Any) -> tuple[Any, Any]:
-        """norm, mixer, norm, channel mixer: the two tensors that go on."""
+    def make_trainable(self) -> None:
+        """Buffers for the gradients of the weights in place of the cache."""
+        self.cache = []
+        self.gradients = {name: torch.empty_like(getattr(self, name)) for name in ("qkv", "o", "gate_up", "down_proj")}
+
+    def __call__(self, given: list[Any]) -> tuple[Any, Any]:
+        """norm, mixer, norm, channel mixer: the two tensors that go on.  `given` are input and residual."""
+        x, residual = given
+        given.clear()
         x, residual = self._norm(x, residual, 0)
-        x = self.mixed(x)
-        x, residual = self._norm(x, residual, 1)
-        # handed over, not kept: nothing but the residual stream lives beside the widest op
         handed = [x]
         del x
-        return self._experts(handed.pop()) if isinstance(self.channel, MoE) else self._mlp(handed.pop()), residual
+        x, residual = self._norm(self.mixed(handed), residual, 1)
+        handed = [x]
+        del x
+        return self.channelled(handed), residual
 
-    def mixed(self, x: Any) -> Any:
+    def mixed(self, handed: list[Any]) -> Any:
         """The mixer alone."""
-        return self._latent_mixer(x) if isinstance(self.mixer, LatentAttention) else self._attention(x)
+        return self._latent_mixer(handed) if isinstance(self.mixer, LatentAttention) else self._attention(handed)
+
+    def channelled(self, handed: list[Any]) -> Any:
+        """The channel mixer alone."""
+        return self._experts(handed) if isinstance(self.channel, MoE) else self._mlp(handed)
 
     def share(self, other: Block) -> None:
         """Take the weights and the cache of another block of the same layer, whose prompts this one continues at their last token."""
@@ -299,25 +347,30 @@ class Block:
         self.kernels.norm(x, residual, self.norms[which], out, added, EPS)
         return out, added
 
-    def _attention(self, x: Any) -> Any:
+    def _attention(self, handed: list[Any]) -> Any:
         mixer: Attention = self.mixer
         h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
-        qkv = x @ self.qkv.t()
+        qkv = handed.pop() @ self.qkv.t()
         if mixer.qk_norm:
             self.kernels.head_norm(qkv, self.head_norm, h + g, d, EPS)
         self.kernels.rotary(qkv, self.rope, self.positions, h + g, d)
         self.kernels.write_cache(qkv[:, h * d :], self.slots, *self.cache)
         if self.new == 1:
-            out = torch.empty(self.batch, h, d, device=x.device, dtype=x.dtype)
+            out = torch.empty(self.batch, h, d, device=qkv.device, dtype=qkv.dtype)
             query, (keys, values) = qkv[:, : h * d].unflatten(1, (h, d)), self.cache
             self.kernels.paged_decode(query, keys, values, self.table, self.lengths, out, self.scratch)
             return out.view(-1, h * d) @ self.o.t()
-        rows = qkv.view(self.batch, self.new, h + 2 * g, d)
-        q, k, v = rows[:, :, :h], rows[:, :, h : h + g], rows[:, :, h + g :]
-        core = attention.forward("cudnn", q, k, v)
+        core = attention.forward("cudnn", *self._heads(qkv))
+        del qkv
         return core.reshape(-1, h * d) @ self.o.t()
 
-    def _latent_mixer(self, x: Any) -> Any:
+    def _heads(self, qkv: Any) -> tuple[Any, Any, Any]:
+        """Queries, keys and values of a row."""
+        h, g = self.mixer.num_attention_heads, self.mixer.num_key_value_heads
+        return qkv.view(self.batch, self.new, h + 2 * g, self.mixer.head_dim).split([h, g, g], 2)  # type: ignore[no-any-return]
+
+    def _latent_mixer(self, handed: list[Any]) -> Any:
+        x = handed.pop()
         mixer: LatentAttention = self.mixer
         h, r, dn, dr, dv = mixer.num_attention_heads, mixer.kv_lora_rank, mixer.qk_nope_head_dim, mixer.qk_rope_head_dim, mixer.v_head_dim
         # queries and latent lie in one row, so that one kernel turns both
@@ -327,29 +380,32 @@ class Block:
         torch.mm(x, self.down.t(), out=latent)
         self.kernels.head_norm(latent, self.inner, 1, r, EPS)
         torch.mm(x, self.query.t(), out=both[:, :asked])
+        tokens = x.shape[0]
+        del x
         self.kernels.rotary(both[:, dn:], self.rope, self.positions, h + 1, dr, stride=dn + dr, last=asked + r - dn)
         self.kernels.scatter(latent, self.slots, self.latent.view(-1, r + dr))
         up = self.up.view(h, dn + dv, r)
         if self.new == 1:
             absorbed = torch.bmm(q[..., :dn].transpose(0, 1), up[:, :dn]).transpose(0, 1)
-            query = torch.empty(self.batch, h, r + dr, device=x.device, dtype=x.dtype)
+            query = torch.empty(self.batch, h, r + dr, device=both.device, dtype=both.dtype)
             self.kernels.assemble(absorbed, q[..., dn:], query)
-            out = torch.empty(self.batch, h, r, device=x.device, dtype=x.dtype)
+            del absorbed, q, latent
+            out = torch.empty(self.batch, h, r, device=both.device, dtype=both.dtype)
             block = self.kernels.head_block(h)
             self.kernels.latent_decode(query, self.latent, self.table, self.lengths, out, self.scratch, (dn + dr) ** -0.5, block)
-            core = torch.empty(self.batch, h, dv, device=x.device, dtype=x.dtype)
+            core = torch.empty(self.batch, h, dv, device=both.device, dtype=both.dtype)
             torch.bmm(out.transpose(0, 1), up[:, dn:].transpose(1, 2), out=core.transpose(0, 1))
             return core.view(-1, h * dv) @ self.o.t()
         expanded = (latent[:, :r] @ self.up.t()).unflatten(1, (h, dn + dv))
-        keys = torch.empty(x.shape[0], h, dn + dr, device=x.device, dtype=x.dtype)
+        keys = torch.empty(tokens, h, dn + dr, device=both.device, dtype=both.dtype)
         self.kernels.assemble_keys(expanded[..., :dn], latent[:, r:], keys)
         # values are read where the product wrote them
         core = attention.forward("cudnn", *(t.unflatten(0, (self.batch, self.new)) for t in (q, keys, expanded[..., dn:])))
+        del both, latent, q, expanded, keys
         return core.reshape(-1, h * dv) @ self.o.t()
 
-    def _mlp(self, x: Any) -> Any:
-        gate_up = x @ self.gate_up.t()
-        del x
+    def _mlp(self, handed: list[Any]) -> Any:
+        gate_up = handed.pop() @ self.gate_up.t()
         inner = self._activated(gate_up)
         del gate_up
         return inner @ self.down_proj.t()
@@ -359,56 +415,69 @@ class Block:
         self.kernels.activation(gate_up, inner)
         return inner
 
-    def _experts(self, x: Any) -> Any:
+    def _experts(self, handed: list[Any]) -> Any:
+        x = handed.pop()
         x @ self.router.t()
         rows = torch.empty(self.sources.numel(), self.width, device=x.device, dtype=x.dtype)
         self.kernels.gather(x, self.sources, rows)
-        out = torch.empty_like(x)
-        if not self.channel.shared_intermediate_size:
-            del x
+        if self.channel.shared_intermediate_size:
+            handed.append(x)
+        del x
         gate_up = grouped(rows, self.gate_up, self.ends)
         del rows
         inner = self._activated(gate_up)
         del gate_up
         rows = grouped(inner, self.down_proj, self.ends)
         del inner
+        out = torch.empty(self.places.shape[0], self.width, device=rows.device, dtype=rows.dtype)
         self.kernels.combine(rows, self.places, self.shares, out)
         del rows
-        if self.channel.shared_intermediate_size:
-            out += self._activated(x @ self.shared_up.t()) @ self.shared_down.t()
+        if handed:
+            gate_up = handed.pop() @ self.shared_up.t()
+            inner = self._activated(gate_up)
+            del gate_up
+            out += inner @ self.shared_down.t()
         return out
 
     def training(self, x: Any, residual: Any) -> Any:
-        """One forward that keeps what backward needs, and the backward: gradients of inputs and weights."""
-        kernels, mixer = self.kernels, self.mixer
+        """One forward that keeps what backward needs, and the backward: gradients of inputs and norms; those of the other weights
+        go into their buffers.  The output stands for its own gradient.
+        """
+        kernels, mixer, into = self.kernels, self.mixer, self.gradients
         h, g, d = mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim
         first, added = self._norm(x, residual, 0)
         qkv = first @ self.qkv.t()
         kernels.rotary(qkv, self.rope, self.positions, h + g, d)
-        rows = qkv.view(self.batch, self.new, h + 2 * g, d)
-        q, k, v = rows[:, :, :h], rows[:, :, h : h + g], rows[:, :, h + g :]
-        saved = attention.saving("cudnn", q, k, v)
+        saved = attention.saving("cudnn", *self._heads(qkv))
         core = saved[0].transpose(1, 2).reshape(-1, h * d)
         second, added_2 = self._norm(core @ self.o.t(), added, 1)
         gate_up = second @ self.gate_up.t()
         inner = self._activated(gate_up)
         grad = inner @ self.down_proj.t()
-        d_down = grad.t() @ inner
-        del inner
+
         d_inner = grad @ self.down_proj
+        torch.mm(grad.t(), inner, out=into["down_proj"])
+        del inner
         d_gate_up = torch.empty_like(gate_up)
         kernels.activation_backward(gate_up, d_inner, d_gate_up)
         del gate_up, d_inner
-        d_gate = d_gate_up.t() @ second
-        grad, d_norm_2 = kernels.norm_backward(added_2, self.norms[1], d_gate_up @ self.gate_up, grad, EPS)
-        d_o = grad.t() @ core
-        d_core = (grad @ self.o).view(self.batch, self.new, h, d)
-        d_q, d_k, d_v = (t.transpose(1, 2) for t in attention.backward("cudnn", d_core, q, k, v, saved)[:3])
-        d_qkv = torch.cat([d_q, d_k, d_v], 2).view(-1, (h + 2 * g) * d)
+        d_second = d_gate_up @ self.gate_up
+        torch.mm(d_gate_up.t(), second, out=into["gate_up"])
+        del d_gate_up, second
+        grad, d_norm_2 = kernels.norm_backward(added_2, self.norms[1], d_second, grad, EPS)
+        del added_2, d_second
+        d_core = grad @ self.o
+        torch.mm(grad.t(), core, out=into["o"])
+        parts = attention.backward("cudnn", d_core.view(self.batch, self.new, h, d), *self._heads(qkv), saved)[:3]
+        del qkv, core, saved, d_core
+        d_qkv = torch.cat([t.transpose(1, 2) for t in parts], 2).view(-1, (h + 2 * g) * d)
+        del parts
         kernels.rotary(d_qkv, self.rope, self.positions, h + g, d, inverse=True)
-        d_weight = d_qkv.t() @ first
-        grad, d_norm = kernels.norm_backward(added, self.norms[0], d_qkv @ self.qkv, grad, EPS)
-        return grad, d_weight, d_o, d_gate, d_down, d_norm, d_norm_2
+        d_first = d_qkv @ self.qkv
+        torch.mm(d_qkv.t(), first, out=into["qkv"])
+        del d_qkv, first
+        grad, d_norm = kernels.norm_backward(added, self.norms[0], d_first, grad, EPS)
+        return grad, d_norm, d_norm_2
 
 
 class Whole:
@@ -424,10 +493,13 @@ class Whole:
         block = self.stack[0]
         x = torch.empty(self.ids.numel(), block.width, device=block.device, dtype=torch.bfloat16)
         block.kernels.gather(self.embedding, self.ids, x)
-        residual = torch.zeros_like(x)
+        given = [x, torch.zeros_like(x)]
+        del x
         for layer in self.stack:
-            x, residual = layer(x, residual)
-        x, _ = block._norm(x, residual, 0)  # noqa: SLF001 (the same norm)
+            given = [*layer(given)]
+        x, residual = given
+        given.clear()
+        x, residual = block._norm(x, residual, 0)  # noqa: SLF001 (the same norm)
         return x.view(self.sequences, -1, block.width)[:, -1] @ self.embedding.t()
 
 
@@ -447,15 +519,15 @@ def error(which: Case, device: Any) -> float:
     block = Block(spec, spec.blocks[0][1], sequences, tokens, tokens, device)
     x, residual = (torch.randn(sequences * tokens, spec.hidden_size, device=device, dtype=torch.bfloat16) for _ in range(2))
     if (kind, phase) == ("dense", "prefill"):
-        got, _ = block(x, residual)
+        got, _ = block([x, residual])
         return relative(got.double(), _plain(block, x.float(), residual.float()).double())
-    got = block.mixed(x)
+    got = block.mixed([x])
     if phase == "prefill":
         return relative(got.double(), _plain_latent(block, x.float()).double())
     last = torch.arange(1, sequences + 1, device=device) * tokens - 1
     step = Block(spec, spec.blocks[0][1], sequences, 1, tokens, device)
     step.share(block)
-    return relative(step.mixed(x[last]).double(), got[last].double())
+    return relative(step.mixed([x[last]]).double(), got[last].double())
 
 
 def _plain_latent(block: Block, x: Any) -> Any:

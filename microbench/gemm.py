@@ -127,7 +127,7 @@ def prepare(which: Case, device: Any) -> Prepared:
 
 def grouped(rows: Any, weight: Any, ends: Any) -> Any:
     """Rows of expert e, rows[ends[e - 1]:ends[e]], times its weight (n, k): (m, n)."""
-    if rows.is_cuda:
+    if not rows.is_cpu:
         return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends)  # noqa: SLF001
     out = torch.empty(rows.shape[0], weight.shape[1], dtype=rows.dtype)
     first = 0

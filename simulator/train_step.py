@@ -196,7 +196,7 @@ def footprint(system: System, phase: TrainStep) -> Footprint:
     """What the fullest rank holds: states, the microbatches in flight, and the block whose backward runs.
 
     What a microbatch keeps on a stage is that of its layers on the rank's own tokens ("full": each block's input); the block at
-    work holds all it keeps and its widest op.
+    work holds what its ops hold in turn, forward and backward, beside the gradient of the residual stream.
     """
     passes, layout = _Passes(system, phase), system.layout
     plan, shared = schedule(layout, phase), states(layout, phase)
@@ -213,7 +213,7 @@ def footprint(system: System, phase: TrainStep) -> Footprint:
         for count, (net, peak) in zip(stage.counts, kept, strict=True):
             saved = saved + count * (inputs if phase.recompute == "full" else net)
             if count:
-                running = maximum(running, peak if phase.recompute == "full" else peak - net)
+                running = maximum(running, inputs + (peak if phase.recompute == "full" else peak - net))
         running = maximum(running, stage.last * heads)
         owned = _stage_parameters(passes, stage)
         part = shared.footprint(owned, gathered)
@@ -226,16 +226,20 @@ def footprint(system: System, phase: TrainStep) -> Footprint:
 
 
 def _kept(passes: _Passes, block: Sequence[Layer]) -> tuple[Bytes, Bytes]:
-    """(kept after, most during) of a block's forward on the rank's own tokens; sequence parallelism shares its norms."""
+    """(kept after its forward, most during forward and backward) of a block on the rank's own tokens; sequence parallelism shares
+    its norms.
+    """
     layout, cache = passes.system.layout, passes.system.cache
-    parts: list[Work] = []
-    for layer in block:
+
+    def way(layer: Layer, direction: Direction) -> Work:
         held = layout.shard(layer, passes.segments)
         own = held._replace(segments=(Segment(1.0, held.tokens, 0.0),), asked=())
-        work: Work = layer.work(own, cache=cache)
-        parts.append(SequenceParallel(layout).around(work, layer, own, cache, Direction.FORWARD))
-    net, peak = fold(Serial(parts), PeakBytes(keeps_saved=True))
-    return net, peak
+        return SequenceParallel(layout).around(layer.work(own, direction, cache=cache), layer, own, cache, direction)
+
+    forward = Serial([way(layer, Direction.FORWARD) for layer in block])
+    both = Serial([forward, *(way(layer, Direction.BACKWARD) for layer in reversed(block))])
+    algebra = PeakBytes(keeps_saved=True)
+    return fold(forward, algebra)[0], fold(both, algebra)[1]
 
 
 def warnings(system: System, phase: TrainStep) -> list[str]:

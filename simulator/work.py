@@ -57,7 +57,7 @@ class Op:
 
     @property
     def live_bytes(self) -> Bytes:
-        """Activations that exist while it runs."""
+        """Activations that exist while it runs, beside the residual stream; backward, beside what forward kept."""
         return self.aside().live_bytes
 
     @property
@@ -77,6 +77,17 @@ class Aside(NamedTuple):
     vector_flops: Flops = 0.0
     live_bytes: Bytes = 0.0
     saved_bytes: Bytes = 0.0
+
+
+def beside(held: Bytes, *ops: Op) -> list[Op]:
+    """The ops, with `held` bytes of activations living beside each: made before it, read only after it."""
+
+    def widened(aside: Callable[[], Aside]) -> Callable[[], Aside]:
+        return lambda: (found := aside())._replace(live_bytes=found.live_bytes + held)
+
+    for op in ops:
+        op.aside = widened(op.aside)
+    return list(ops)
 
 
 @dataclass(slots=True, eq=False)
@@ -473,6 +484,8 @@ class PeakBytes:
 
     serial: (n1 + n2, max(p1, n1 + p2)).  repeat k: (k n, (k - 1) n + p if n >= 0 else p).  overlap: both at once.
     A pipeline in forward-only service holds one microbatch: the most of any stage.
+    Where a backward pass follows, what an earlier op keeps counts twice while a later one of the forward reads it; the widest
+    moment lies in the backward, which counts gradients beside what is kept.
     """
 
     def __init__(self, *, keeps_saved: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,15 @@ from simulator.data import (
     data_path,
     observed,
 )
+from simulator.dtypes import C_BF16
 from simulator.hardware import cluster, gpu
+from simulator.kernels.attention import Segment
 from simulator.timing import Clock, seconds_bound, seconds_expected
+from simulator.work import Serial, peak_bytes
 
 torch = pytest.importorskip("torch")
 
-from microbench import attention, decoder, fit, gemm  # noqa: E402
+from microbench import attention, decoder, fit, gemm, live  # noqa: E402
 from microbench.case import Case, case, sets_for  # noqa: E402
 from microbench.counters import expected, parse  # noqa: E402
 from microbench.ring import fit as rings  # noqa: E402
@@ -305,11 +310,87 @@ def test_a_layer_is_measured_again_unless_one_file_holds_it_with_its_parts(tmp_p
     assert layer not in todo(["layers"], tmp_path)
 
 
-@profiles
-def test_whole_layers_hold_what_is_counted(folder: Path) -> None:
-    ours = [decoder.peak_bytes_of(which) / float(row["peak_bytes"]) - 1 for which, row in layers(folder) if "training" not in which.impl]
-    assert np.median(np.abs(ours)) <= 0.01
-    assert np.quantile(np.abs(ours), 0.8) <= 0.02
+#: Programs that were changed after the run of a commit, and what they held then beyond what they need.
+CHANGED = {
+    ("e7e611f", "moe.prefill"): "the experts' sum was allocated before their rows: T D more, which a compiled layer does not hold",
+    ("e7e611f", "mla.prefill"): "as moe.prefill",
+    ("e7e611f", "small.prefill"): "names of the caller kept the inputs of a layer alive through it: 2 T D",
+    ("e7e611f", "dense.training"): "gradients of weights were allocated one by one, and everything saved lived until the end",
+}
+
+
+def test_whole_layers_hold_what_is_counted() -> None:
+    """On a GPU: each layer and model of the newest run that measured it."""
+    newest = {case_of(row): (facts, row) for file in BESIDE for facts, rows in [read(file)] for row in rows if row["kernel"] in decoder.KERNELS}
+    assert set(newest) == set(decoder.cases("full"))
+    for which, (facts, row) in newest.items():
+        error = decoder.peak_bytes_of(which) / float(row["peak_bytes"]) - 1
+        reason = CHANGED.get((facts["commit"], which.impl), "")
+        print(f"{which.impl:16} {which.extents:48} {error:+.2%} {reason}")
+        assert reason or abs(error) <= 0.01, which.key
+
+
+@pytest.mark.parametrize("which", decoder.cases("full"), ids=lambda c: c.key)
+def test_whole_layers_hold_what_their_programs_allocate(which: Case) -> None:
+    """On any machine: the peak and what lies there throughout, tensor by tensor."""
+    found = decoder.traced(which)
+    assert decoder.peak_bytes_of(which) == pytest.approx(found.peak_bytes, rel=2e-3)
+    assert decoder.resident_bytes(which) == pytest.approx(found.resident_bytes, rel=2e-3)
+
+
+def test_attention_backward_holds_the_workspace_that_is_counted() -> None:
+    """On a GPU, single launches of cuDNN and FlashAttention-2 from 32K to 1M tokens: saved tensors, gradients, workspace and a
+    remainder that is the same for all cases of a run, what else the process held.
+    """
+    found = 0
+    for file in RUNS:
+        facts, rows = read(file)
+        others = []
+        for row in (row for row in rows if row["kernel"] == "attention_backward" and row["impl"] in ("cudnn", "flash2")):
+            which = case_of(row)
+            op = attention.op(which)
+            if which["tokens"] >= 32768 and sets_for(float(op.hbm_bytes), float(facts["l2_bytes"]), attention.MOST_CACHE)[0] == 1:
+                others.append(float(row["peak_bytes"]) - float(op.live_bytes - op.saved_bytes))
+        found += len(others)
+        assert not others or max(others) - min(others) <= 2e6, file.stem
+    assert found >= 20
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "mla"])
+@pytest.mark.parametrize("half", ["mixer", "channel"])
+def test_each_half_of_a_layer_holds_what_its_program_allocates(kind: str, half: str) -> None:
+    """To the byte but for roundings: the halves that are not the widest of their layer too, beyond norm and residual stream."""
+    tokens, spec = 4096, decoder.model_of(kind)
+    layers = spec.blocks[0][1]
+    layer = layers[half == "channel"]
+
+    def build(device: torch.device) -> Callable[[], Any]:
+        block = decoder.Block(spec, layers, 1, tokens, tokens, device)
+        run = block.mixed if half == "mixer" else block.channelled
+        return lambda: run([torch.empty(tokens, spec.hidden_size, device=device, dtype=torch.bfloat16)])
+
+    found = live.trace(build)
+    work = layer.work(layer.whole((Segment(1.0, float(tokens), 0.0),)), cache=C_BF16)
+    assert isinstance(work, Serial)
+    assert peak_bytes(Serial(work.parts[1:])) == pytest.approx(found.peak_bytes - found.resident_bytes, rel=1e-4)
+
+
+def test_the_peak_is_that_of_tensors_alive_together() -> None:
+    def build(device: torch.device) -> Callable[[], None]:
+        kept = torch.empty(1000, device=device)
+
+        def run() -> None:
+            wide = kept.repeat(4)
+            total = wide.view(2, 2000)[0] + 1
+            del wide
+            assert (total.view(20, 100)[:, :2] @ torch.empty(2, 300, device=device)).shape == (20, 300)
+
+        return run
+
+    found = live.trace(build)
+    assert found.resident_bytes == 4096
+    assert [tensor.held_bytes for tensor in found.alive] == [24064, 8192, 4096, 2560]
+    assert found.peak_bytes == sum(tensor.held_bytes for tensor in found.alive)
 
 
 def test_counters_are_grouped_between_markers() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from simulator.dtypes import BF16, C_BF16, CacheFormat, CacheRow, DType
+from simulator.dtypes import BF16, C_BF16, FP32, CacheFormat, CacheRow, DType
 from simulator.units import Bytes, Count, Num, Tokens, floor, maximum, minimum, tri, where
 from simulator.work import Aside, Op
 
@@ -289,6 +289,8 @@ def attention(
     backward: model 2 x forward, executed 2 heads (3 d_k + 2 d_v) pairs (scores recomputed, dV, dP, dQ, dK).
     bytes, each once: Q and O for new tokens, K and V rows of all live keys in the cache's format, LSE (fp32); backward
     adds dO, dQ, dK, dV.  `shared_kv`: a key is its own value, read once.  Grouping of heads changes the bytes, never the flops.
+    alive: Q, O, the new tokens' K and V, LSE, all kept for backward; backward dO, dQ, dK, dV and the kernel's workspace: dQ and the
+    rows' sums of dO x O in fp32, and, where query heads share keys, dK and dV of each (FlashAttention-2 flash_api.cpp, mha_bwd).
     Neglected: masks of documents, dropout.  Source: FORMULAS 1.2, 3.3, 3.4; FlashAttention-2 (2307.08691) section 3.
 
     >>> attention("core", Segment(1, 131072, 0), heads=64, kv_heads=8, head_dim=128).tensor_flops
@@ -310,7 +312,11 @@ def attention(
     }  # fmt: skip
 
     def saved() -> Bytes:
-        return io_bytes + tokens * (kv_heads * (kept * dtype.bytes) + 4.0 * heads)
+        return io_bytes + tokens * (kv_heads * (kept * dtype.bytes) + heads * FP32.bytes)
+
+    def gradients() -> Bytes:
+        workspace = heads * (d_k * FP32.bytes) + where(kv_heads < heads, heads * (kept * dtype.bytes), 0.0)
+        return saved() + tokens * workspace
 
     if not backward:
         extra = tokens * heads if learned_sinks else 0.0
@@ -318,12 +324,12 @@ def attention(
             name, "decode_attention" if segment.split_kv else "attention", impl, dtype.name,
             operands=cache.name if segment.split_kv and cache.bits < dtype.bits else "", tensor_flops=forward,
             exponentials=scores + extra if learned_sinks else scores, model_flops=forward,
-            hbm_bytes=io_bytes + live * row_bytes, shape=shape, aside=lambda: Aside(scores * 5.0, io_bytes, saved()),
+            hbm_bytes=io_bytes + live * row_bytes, shape=shape, aside=lambda: Aside(scores * 5.0, saved(), saved()),
         )  # fmt: skip
     executed = scores * (2.0 * (3 * d_k + 2 * d_v))
     return Op(
         name, "attention_backward", impl, dtype.name, tensor_flops=executed, exponentials=scores,
         model_flops=2 * forward,
         hbm_bytes=2 * io_bytes + tokens * heads * (d_v * dtype.bytes + 4.0) + 2 * live * row_bytes,
-        shape=shape, aside=lambda: Aside(scores * 8.0, 2 * io_bytes, -saved()),
+        shape=shape, aside=lambda: Aside(scores * 8.0, gradients(), -saved()),
     )  # fmt: skip

@@ -19,9 +19,11 @@ def elementwise(
     dtype: DType = BF16,
     flops_per_element: float = 4.0,
     kept: Num = 0.0,
+    alive: Num | None = None,
     extents: Mapping[str, Num] | None = None,
 ) -> Op:
-    """`rows` rows that read and write so many elements each, and keep some for backward.  `extents` are more names of its shape.
+    """`rows` rows that read and write so many elements each, and keep some for backward.  `alive` elements of a row exist while it
+    runs (None: all that is read and written; fewer where it writes over what it read).  `extents` are more names of its shape.
 
     bytes = rows (read + written) e; vector flops = flops_per_element x rows x read: never the limit.
     Source: FORMULAS 1.20 ("charge bytes, not FLOPs").
@@ -30,7 +32,9 @@ def elementwise(
     return Op(
         name, "elementwise", impl, dtype.name, hbm_bytes=moved,
         shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes, **(extents or {})},
-        aside=lambda: Aside(rows * (read * flops_per_element), moved, rows * (kept * dtype.bytes)),
+        aside=lambda: Aside(
+            rows * (read * flops_per_element), moved if alive is None else rows * (alive * dtype.bytes), rows * (kept * dtype.bytes)
+        ),
     )  # fmt: skip
 
 
@@ -42,22 +46,33 @@ def norm(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
     return elementwise(name, rows=tokens, read=2 * width, written=2 * width, impl="norm", dtype=dtype, kept=2 * width)
 
 
+def norm_in_place(name: str, *, tokens: Num, width: Num) -> Op:
+    """RMSNorm within a block (of heads, of a latent), written over what it read: `width` elements, which backward needs."""
+    return elementwise(name, rows=tokens, read=width, written=width, impl="norm", kept=width, alive=width)
+
+
 def activation(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
     """Gated activation: read gate and up (kept for backward), write the product."""
     return elementwise(name, rows=tokens, read=2 * width, written=width, impl="activation", dtype=dtype, kept=2 * width)
 
 
 def backward(op: Op) -> Op:
-    """The gradient of an elementwise op: reads its inputs and the incoming gradient, frees what it saved."""
-    return elementwise(
+    """The gradient of an elementwise op: reads its inputs and the incoming gradient, frees what it saved.
+
+    Alive beside what was saved: a gradient for every tensor that the op read or wrote.
+    """
+    found = elementwise(
         f"{op.name} backward", rows=1.0, read=op.hbm_bytes, written=op.hbm_bytes * 0.5, impl=op.impl, dtype=INT8,
         kept=-op.saved_bytes, flops_per_element=2.0,
     )  # fmt: skip
+    own, forward = found.aside, op.aside
+    found.aside = lambda: own()._replace(live_bytes=forward().live_bytes)
+    return found
 
 
 def rotary(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op:
     """Rotate queries and keys in place: read and write `width` elements."""
-    return elementwise(name, rows=tokens, read=width, written=width, impl="rotary", dtype=dtype, flops_per_element=3.0)
+    return elementwise(name, rows=tokens, read=width, written=width, impl="rotary", dtype=dtype, flops_per_element=3.0, alive=width)
 
 
 def copy(name: str, *, rows: Num, width: Num, dtype: DType = BF16) -> Op:
@@ -83,7 +98,7 @@ def combine(name: str, *, tokens: Num, rows: Num, width: Num) -> Op:
 
 def add(name: str, *, rows: Num, width: Num) -> Op:
     """The sum of two tensors of `width` elements a row, written over one of them."""
-    return elementwise(name, rows=rows, read=2 * width, written=width, impl="add", flops_per_element=0.5)
+    return elementwise(name, rows=rows, read=2 * width, written=width, impl="add", flops_per_element=0.5, alive=2 * width)
 
 
 def join(name: str, *, rows: Num, heads: Num, plain: int, turned: int) -> Op:

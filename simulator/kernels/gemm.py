@@ -87,7 +87,11 @@ def gemm_backward(
 ) -> Work:
     """Both products of the backward pass: dX = dY W^T and dW = X^T dY, 2 m n k each.
 
-    `freed_bytes` of saved activations are released.  Source: definition.
+    `freed_bytes` of saved activations are released.  dX is made first, so that it lives beside dY until dW is made; X was
+    saved, and dW goes into the buffer that holds gradients.  Source: definition.
     """
     dx = gemm(f"{name} dX", m=m, n=k, k=n, weight=weight)
-    return Serial([dx, gemm(f"{name} dW", m=k, n=n, k=m, out=gradient, saved_bytes=-freed_bytes)])
+    dw = gemm(f"{name} dW", m=k, n=n, k=m, out=gradient)
+    alive = dx.aside
+    dw.aside = lambda: Aside(live_bytes=alive().live_bytes, saved_bytes=-freed_bytes)
+    return Serial([dx, dw])

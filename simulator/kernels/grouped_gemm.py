@@ -80,6 +80,7 @@ def grouped_gemm(
     k: Num,
     weight: WeightFormat = W_BF16,
     out: DType = BF16,
+    saved_bytes: Num = 0.0,
 ) -> Op:
     """`rows` routed rows in all, over `experts` experts that each hold a (k, n) weight.
 
@@ -93,5 +94,19 @@ def grouped_gemm(
         hbm_bytes=experts * (n * (k * weight.bytes_per_element)) + rows * (k * weight.activation.bytes) + outputs,
         shape={"m": rows, "n": n, "k": k, "experts": experts, "weight_bytes": weight.bytes_per_element,
                "activation_bytes": weight.activation.bytes, "out_bytes": out.bytes},
-        aside=lambda: Aside(live_bytes=rows * (k * BF16.bytes) + outputs),
+        aside=lambda: Aside(live_bytes=rows * (k * BF16.bytes) + outputs, saved_bytes=saved_bytes),
     )  # fmt: skip
+
+
+def grouped_gemm_backward(
+    name: str, *, rows: Num, experts: Num, n: Num, k: Num, weight: WeightFormat = W_BF16, freed_bytes: Num = 0.0
+) -> list[Op]:
+    """Both products of the backward pass, as of `gemm_backward`: dX, then dW of each expert, k x n from rows / experts rows.
+
+    Source: definition.
+    """
+    dx = grouped_gemm(f"{name} dX", rows=rows, experts=experts, n=k, k=n, weight=weight)
+    dw = grouped_gemm(f"{name} dW", rows=experts * k, experts=experts, n=n, k=rows / maximum(experts, 1.0))
+    alive = dx.aside
+    dw.aside = lambda: Aside(live_bytes=alive().live_bytes, saved_bytes=-freed_bytes)
+    return [dx, dw]

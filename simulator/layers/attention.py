@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from simulator.dtypes import BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal, DualChunk, Mask, Segment, attention
-from simulator.kernels.elementwise import activation, backward, copy, norm, rotary
+from simulator.kernels.elementwise import activation, backward, copy, norm, norm_in_place, rotary
 from simulator.kernels.gemm import gemm, gemm_backward
 from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Mixing, Module, Remembers, Slice, Split, StateRules, shared_share
 from simulator.units import Num
@@ -137,7 +137,7 @@ class Attention(Remembers):
     def _position(self, held: Slice, tokens: Num) -> list[Op]:
         heads = _queries(held) if self.shares_cache else _queries(held) + held.kv_heads
         normed = self.qk_norm or self.qk_norm_full
-        found = [norm("qk norm", tokens=tokens, width=heads * (self.head_dim / 2))] if normed else []
+        found = [norm_in_place("qk norm", tokens=tokens, width=heads * self.head_dim)] if normed else []
         if self.rotary_dim:
             # dual chunks rotate queries for their own, the previous and all earlier chunks
             times = 3 if isinstance(self.mask, DualChunk) else 1

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from simulator.dtypes import BF16, FP4, FP32, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Mask, Segment, Window
-from simulator.kernels.elementwise import copy, elementwise, norm, rotary
-from simulator.kernels.grouped_gemm import grouped_gemm
+from simulator.kernels.elementwise import copy, elementwise, norm_in_place, rotary
+from simulator.kernels.grouped_gemm import grouped_gemm, grouped_gemm_backward
 from simulator.kernels.sparse_attention import TopK, index_scores, sparse_attention
 from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, Split, StateRules
 from simulator.layers.steps import Steps
@@ -143,9 +143,10 @@ class CompressedAttention(Remembers):
         steps = Steps(direction)
         steps.norm("attention norm", tokens=tokens, width=width)
         steps.linear("q kv down", m=tokens, n=float(self.q_lora_rank + c), k=width, weight=self.weight)
-        steps.stream(norm("latent norm", tokens=tokens, width=(self.q_lora_rank + c) * 0.5))
-        steps.linear("q up", m=tokens, n=inner, k=float(self.q_lora_rank), weight=self.weight)
-        steps.stream(norm("query norm", tokens=tokens, width=inner * 0.5))
+        steps.stream(norm_in_place("latent norm", tokens=tokens, width=self.q_lora_rank + c))
+        asked_bytes = tokens * (self.q_lora_rank * BF16.bytes)
+        steps.linear("q up", m=tokens, n=inner, k=float(self.q_lora_rank), weight=self.weight, saved_bytes=asked_bytes)
+        steps.stream(norm_in_place("query norm", tokens=tokens, width=inner))
         steps.stream(rotary("rotary", tokens=tokens, width=(2 * held.heads + 1) * self.qk_rope_head_dim))
         steps.forward_only(copy("cache write", rows=tokens, width=float(c)))
         if self.compress_ratio:
@@ -171,8 +172,7 @@ class CompressedAttention(Remembers):
         groups, rank = self._groups(held), float(self.o_lora_rank)
         rows, k = held.tokens * groups, held.heads * self.head_dim / groups
         if steps.is_backward:
-            steps.add(grouped_gemm("o a dW", rows=groups * k, experts=groups, n=rank, k=rows / groups))
-            steps.add(grouped_gemm("o a dX", rows=rows, experts=groups, n=k, k=rank, weight=self.weight))
+            steps.add(*grouped_gemm_backward("o a", rows=rows, experts=groups, n=rank, k=k, weight=self.weight)[::-1])
         else:
             steps.add(grouped_gemm("o a", rows=rows, experts=groups, n=rank, k=k, weight=self.weight))
         steps.linear("o b", m=held.tokens, n=float(self.hidden_size), k=groups * rank, weight=self.weight)

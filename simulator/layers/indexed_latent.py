@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from simulator.dtypes import BF16, FP8, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal
-from simulator.kernels.elementwise import copy, norm, rotary
+from simulator.kernels.elementwise import copy, norm_in_place, rotary
 from simulator.kernels.sparse_attention import TopK, index_scores, sparse_attention
 from simulator.layers.latent import LatentAttention
 from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Slice, StateRules
@@ -60,8 +60,11 @@ class IndexedLatentAttention(LatentAttention):
         steps.norm("attention norm", tokens=tokens, width=width)
         down = latent + (self.q_lora_rank or 0)
         steps.linear("q kv down", m=tokens, n=down, k=width, weight=self.weight)
-        steps.stream(norm("latent norm", tokens=tokens, width=down / 2))
-        steps.linear("q up", m=tokens, n=held.heads * self.qk_head_dim, k=float(self.q_lora_rank or width), weight=self.weight)
+        steps.stream(norm_in_place("latent norm", tokens=tokens, width=down))
+        steps.linear(
+            "q up", m=tokens, n=held.heads * self.qk_head_dim, k=float(self.q_lora_rank or width), weight=self.weight,
+            saved_bytes=tokens * ((self.q_lora_rank or 0) * BF16.bytes),
+        )  # fmt: skip
         steps.stream(rotary("rotary", tokens=tokens, width=(held.heads + 1) * self.qk_rope_head_dim))
         steps.forward_only(copy("cache write", rows=tokens, width=latent))
         if not self.indexer_shared:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.dtypes import BF16, C_BF16, W_BF16, CacheFormat, CacheRow, WeightFormat
+from simulator.dtypes import BF16, C_BF16, FP32, W_BF16, CacheFormat, CacheRow, WeightFormat
 from simulator.kernels.attention import Causal, Mask, Segment, attention
-from simulator.kernels.elementwise import backward, copy, join, norm, rotary
+from simulator.kernels.elementwise import backward, copy, join, norm, norm_in_place, rotary
 from simulator.kernels.gemm import Size, batched_gemm, gemm, gemm_backward
 from simulator.kernels.latent_attention import crossover_tokens, latent_attention
 from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Mixing, Module, Remembers, Slice, Split, StateRules, shared_share
@@ -97,20 +97,22 @@ class LatentAttention(Remembers):
         down = latent + (self.q_lora_rank or 0)
         query: Size = {"m": tokens, "n": held.heads * held.query_ranks * self.qk_head_dim, "k": float(self.q_lora_rank or width)}
         first = norm("attention norm", tokens=tokens, width=width)
-        inner = norm("latent norm", tokens=tokens, width=down / 2)
+        inner = norm_in_place("latent norm", tokens=tokens, width=down)
         turned = rotary("rotary", tokens=tokens, width=(held.heads + 1) * (self.qk_rope_head_dim if self.rotary else 0))
         down_size: Size = {"m": tokens, "n": down, "k": width}
         o_size: Size = {"m": tokens, "n": width, "k": held.heads * self.v_head_dim}
+        # normed latents are kept beside what their norm read; queries made straight from x find it kept by the block's norm
+        asked_bytes = tokens * ((self.q_lora_rank or 0) * BF16.bytes)
         if direction is Direction.BACKWARD:
             return Serial([
                 gemm_backward("o", **o_size, weight=self.weight),
                 Mixing([self._expanded(held, segment, is_backward=True) for segment in held.segments]),
-                backward(turned), gemm_backward("q up", **query, weight=self.weight), backward(inner),
+                backward(turned), gemm_backward("q up", **query, weight=self.weight, freed_bytes=asked_bytes), backward(inner),
                 gemm_backward("q kv down", **down_size, weight=self.weight), backward(first),
             ])  # fmt: skip
         return Serial([
             first, gemm("q kv down", **down_size, weight=self.weight), inner,
-            gemm("q up", **query, weight=self.weight), turned, copy("cache write", rows=tokens, width=latent),
+            gemm("q up", **query, weight=self.weight, saved_bytes=asked_bytes), turned, copy("cache write", rows=tokens, width=latent),
             Mixing([self._core(held, segment, cache) for segment in held.segments]),
             gemm("o", **o_size, weight=self.weight),
         ])  # fmt: skip
@@ -159,9 +161,21 @@ class LatentAttention(Remembers):
             v_head_dim=self.v_head_dim, mask=self.mask, dtype=BF16, cache=C_BF16, backward=is_backward,
         )  # fmt: skip
         whole = join("key assembly", rows=size["m"], heads=held.heads, plain=self.qk_nope_head_dim, turned=self.qk_rope_head_dim)
+        latents = segment.tokens * (size["k"] * BF16.bytes)
         if is_backward:
-            return Serial([core, backward(whole), gemm_backward("kv up", **size, weight=self.weight)])
+            return Serial([core, backward(whole), gemm_backward("kv up", **size, weight=self.weight, freed_bytes=latents)])
         expand = gemm("kv up", **size, weight=self.weight)
-        # engines expand a long context piece by piece and merge by log-sum-exp; vLLM's profile run reserves the expansion alone
-        expand.aside = whole.aside = lambda: Aside(live_bytes=minimum(size["m"], EXPANSION_TOKENS) * (size["n"] + size["k"]) * BF16.bytes)
+        per_token = segment.tokens * (held.heads * BF16.bytes)
+        queries, outputs = per_token * self.qk_head_dim, per_token * self.v_head_dim + segment.tokens * held.heads * FP32.bytes
+        core_aside = core.aside
+
+        def rows(width: Num) -> Num:
+            """Engines expand a long context piece by piece and merge by log-sum-exp."""
+            return minimum(size["m"], EXPANSION_TOKENS) * (width * BF16.bytes)
+
+        # the queries are there before the expansion, which stays for its values beside the keys made of it
+        made = size["k"] + self.qk_rope_head_dim + size["n"]
+        expand.aside = lambda: Aside(live_bytes=queries + rows(made), saved_bytes=latents)
+        whole.aside = lambda: Aside(live_bytes=queries + rows(made + held.heads * self.qk_head_dim))
+        core.aside = lambda: core_aside()._replace(live_bytes=whole.live_bytes + outputs)
         return Serial([expand, whole, core])

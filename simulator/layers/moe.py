@@ -12,10 +12,10 @@ from simulator.dtypes import BF16, W_BF16, CacheFormat, WeightFormat
 from simulator.kernels.attention import Segment
 from simulator.kernels.elementwise import activation, add, backward, combine, elementwise, norm, permute
 from simulator.kernels.gemm import Size, gemm, gemm_backward
-from simulator.kernels.grouped_gemm import busiest_rank, experts_hit, grouped_gemm
+from simulator.kernels.grouped_gemm import busiest_rank, experts_hit, grouped_gemm, grouped_gemm_backward
 from simulator.layers.layer import Direction, Module, Slice
-from simulator.units import Count, Num, maximum, minimum
-from simulator.work import Op, Serial, Work
+from simulator.units import Count, Num, minimum
+from simulator.work import Op, Serial, Work, beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,11 @@ class MoE:
         )
 
     def work(self, held: Slice, direction: Direction = Direction.FORWARD, *, cache: CacheFormat) -> Work:  # noqa: ARG002
-        """norm, router, permute, gate and up, activation, down, combine, shared experts."""
+        """norm, router, permute, gate and up, activation, down, combine, shared experts.
+
+        Backward needs each expert's rows (those permuted, those activated) again.  The shares' own gradient, which needs the
+        experts' outputs, is neglected: engines that train weigh the activated rows instead (Megatron-Core).
+        """
         tokens, width, inner = held.tokens, float(self.hidden_size), held.intermediate
         rows, hit = self.routed(held)
         outer, ups, weight = float(self.expert_width), self._ups * inner, self.expert_weight
@@ -118,27 +122,25 @@ class MoE:
         into: Size = {"m": tokens, "n": outer, "k": width}
         out_of: Size = {"m": tokens, "n": width, "k": outer}
         narrow = self.latent_size is not None
+        sent_bytes, inner_bytes = rows * (outer * BF16.bytes), rows * (inner * BF16.bytes)
+        # what shared experts are to read, or the gradient that they left, lives beside the routed ones
+        shared_bytes = tokens * (width * BF16.bytes) if self.shared_intermediate_size else 0.0
         if direction is Direction.BACKWARD:
-            up = grouped_gemm("experts gate up dX", rows=rows, experts=hit, n=outer, k=ups, weight=weight)
-            down = grouped_gemm("experts down dX", rows=rows, experts=hit, n=inner, k=outer, weight=weight)
+            down = grouped_gemm_backward("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight, freed_bytes=inner_bytes)
+            up = grouped_gemm_backward("experts gate up", rows=rows, experts=hit, n=ups, k=outer, weight=weight, freed_bytes=sent_bytes)
             return Serial([
-                *([gemm_backward("latent out", **out_of, weight=self.weight)] if narrow else []),
-                backward(summed), down, self._weight_gradient("experts down dW", rows, hit, outer, inner), backward(gate),
-                up, self._weight_gradient("experts gate up dW", rows, hit, ups, outer), backward(sent),
+                *self._shared_work(held, direction), *([gemm_backward("latent out", **out_of, weight=self.weight)] if narrow else []),
+                *beside(shared_bytes, backward(summed), *down, backward(gate), *up, backward(sent)),
                 *([gemm_backward("latent in", **into, weight=self.weight)] if narrow else []),
-                *self._shared_work(held, direction), gemm_backward("router", **router), backward(first),
+                gemm_backward("router", **router), backward(first),
             ])  # fmt: skip
+        up_op = grouped_gemm("experts gate up", rows=rows, experts=hit, n=ups, k=outer, weight=weight, saved_bytes=sent_bytes)
+        down_op = grouped_gemm("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight, saved_bytes=inner_bytes)
         return Serial([
             first, gemm("router", **router), *([gemm("latent in", **into, weight=self.weight)] if narrow else []), sent,
-            grouped_gemm("experts gate up", rows=rows, experts=hit, n=ups, k=outer, weight=weight), gate,
-            grouped_gemm("experts down", rows=rows, experts=hit, n=outer, k=inner, weight=weight), summed,
+            *beside(shared_bytes, up_op, gate, down_op, summed),
             *([gemm("latent out", **out_of, weight=self.weight)] if narrow else []), *self._shared_work(held, direction),
         ])  # fmt: skip
-
-    @staticmethod
-    def _weight_gradient(name: str, rows: Num, hit: Num, n: Num, k: Num) -> Op:
-        """DW of each expert: k x n from rows / experts rows each."""
-        return grouped_gemm(name, rows=hit * k, experts=hit, n=n, k=rows / maximum(hit, 1.0))
 
     def _shared_work(self, held: Slice, direction: Direction) -> list[Work]:
         if not self.shared_intermediate_size:
@@ -153,8 +155,11 @@ class MoE:
                 backward(gate), gemm_backward("shared gate up", m=tokens, n=ups, k=width, weight=weight),
             ]  # fmt: skip
         return [
-            gemm("shared gate up", m=tokens, n=ups, k=width, weight=weight), gate,
-            gemm("shared down", m=tokens, n=width, k=inner, weight=weight, saved_bytes=saved),
+            # beside the routed experts' sum
+            *beside(
+                tokens * (width * BF16.bytes), gemm("shared gate up", m=tokens, n=ups, k=width, weight=weight), gate,
+                gemm("shared down", m=tokens, n=width, k=inner, weight=weight, saved_bytes=saved),
+            ),
             # vLLM and SGLang add the two outputs in a kernel of its own
             add("shared sum", rows=tokens, width=width),
         ]

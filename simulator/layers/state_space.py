@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from simulator.dtypes import BF16, FP32, W_BF16, CacheFormat, CacheRow, DType, WeightFormat
 from simulator.kernels.attention import Segment
-from simulator.kernels.elementwise import activation, norm
+from simulator.kernels.elementwise import activation, norm_in_place
 from simulator.kernels.scan import long_convolution, recurrent, selective_scan, short_convolution, ssd_chunk_flops
 from simulator.layers.layer import ARCHITECTURE, Direction, Keep, Kept, Module, Remembers, Slice, Split, StateRules
 from simulator.layers.steps import Steps
@@ -89,7 +89,7 @@ class Mamba(Remembers):
         steps.add(short_convolution("convolution", tokens=tokens, channels=inner, kernel=self.conv_kernel, backward=steps.is_backward))
         steps.linear("x", m=tokens, n=rest, k=inner, weight=self.weight)
         if self.inner_norms:
-            steps.stream(norm("inner norms", tokens=tokens, width=rest * 0.5))
+            steps.stream(norm_in_place("inner norms", tokens=tokens, width=rest))
         steps.linear("dt", m=tokens, n=inner, k=float(self.time_step_rank), weight=self.weight)
         steps.add(*(
             selective_scan(
