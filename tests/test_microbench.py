@@ -145,9 +145,10 @@ def test_held_out_programs_of_several_ranks_take_what_is_predicted() -> None:
         assert median("context_attention", "context_attention_backward") <= 0.05
         assert median("context_attention", "context_attention_backward", backend="loopback") <= 0.05
         assert median("tensor_layer", "tensor_layer_backward") <= 0.05
-        exposed = [abs(one.exposed_error) for one in found if one.row.backend == "nccl" and one.row.silent_s]
-        print(f"exposed communication of {len(exposed)} rows: off by {np.median(exposed):.1%} of the time")
-        assert np.median(exposed) <= 0.05
+        exposed = [abs(one.exposed_error) for one in found if one.row.sharp]
+        print(f"exposed communication of {len(exposed)} rows: off by {np.median(exposed):.1%} of itself")
+        assert len(exposed) > 100
+        assert np.median(exposed) <= 0.10
 
 
 def test_the_recorded_quality_is_what_the_runs_give(profile: fit.Profile) -> None:
