@@ -461,6 +461,8 @@ def _estimated(
         from simulator.phases import System
 
         told, inputs = [*spec.warnings, *train_step.warnings(System(spec, layout), asked)], {**inputs, **trains}
+    if layout.gpus < machine.gpus:
+        told.append(f"the layout ({layout}) uses {layout.gpus} of {machine.gpus} GPUs: the others idle; spread it with --tp, --pp, --dp, --cp")
     if float(found.footprint.total) > float(machine.gpu.usable_bytes):
         held, there = (float(b) / 2**30 for b in (found.footprint.total, machine.gpu.usable_bytes))
         told.append(f"{held:.1f} GiB per GPU do not fit in {there:.1f} GiB: a time for a machine with more memory")
