@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from microbench.case import Case  # noqa: E402
-from microbench.ring import block, context, processes, trace, ulysses  # noqa: E402
+from microbench.ring import block, context, fit, processes, suite, trace, ulysses  # noqa: E402
 from microbench.ring.program import over, payloads  # noqa: E402
 from microbench.ring.transport import Local, Loopback, Silent, Transport  # noqa: E402
 from simulator.work import Overlap, Work  # noqa: E402
@@ -175,6 +176,21 @@ def test_cases_are_distinct_and_fit_their_ranks(ranks: int) -> None:
                 assert which.kernel in module.KERNELS
                 assert which["context"] >= which["ranks"] * which["tokens"]
                 assert bool(payloads(module.work(which))) == (ranks > 1)
+
+
+def test_the_error_of_a_median_is_how_much_medians_scatter() -> None:
+    random = np.random.default_rng(1)
+    drawn = random.normal(3.0, 0.5, (2000, 60))
+    told = float(np.mean([suite.error_of_median(row) for row in drawn]))
+    assert told == pytest.approx(float(np.median(drawn, axis=1).std()), rel=0.05)
+
+
+def test_a_row_without_turns_says_nothing_of_exposed_communication() -> None:
+    line = {"kernel": "collective", "impl": "send", "dtype": "bf16", "regime": "steady", "shape": "ranks=2 payload_bytes=8", "held": "", "backend": "nccl"}
+    old = fit.Row.of({**line, "p50_s": "3", "silent_s": "2"})
+    new = fit.Row.of({**line, "p50_s": "3", "silent_s": "2", "exposed_s": "0.9", "exposed_se_s": "0.01"})
+    assert (old.exposed_s, old.sharp) == (1.0, False)
+    assert (new.exposed_s, new.sharp) == (0.9, True)
 
 
 def test_a_trace_tells_what_each_rank_did(tmp_path: Path) -> None:

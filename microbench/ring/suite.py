@@ -272,19 +272,22 @@ def _row(which: Case, transport: Transport, rank: Rank, sensors: Sensors, checke
     run()
     sent = " ".join(f"{pattern}={size}" for pattern, size in sorted(transport.counted.items()))
     taken = _turns(alone, run, transport, rank.device, sensors)
-    exposed = taken.whole - taken.silent
-    alone_s: dict[str, Any] = {"silent_s": "", "exposed_s": "", "exposed_se_s": ""}
-    seconds = exposed
-    if which.kernel != "collective":
-        seconds, told = taken.whole, (float(np.median(taken.silent)), float(np.median(exposed)), error_of_median(exposed))
-        alone_s = dict(zip(alone_s, (f"{value:.6g}" for value in told), strict=True))
-    p20, p50, p80 = (f"{np.percentile(seconds, q):.6g}" for q in (20, 50, 80))
     return {
         "kernel": which.kernel, "impl": which.impl, "dtype": which.dtype, "regime": which.regime, "shape": which.extents, "held": which.held,
-        "backend": rank.backend, "captured": int(taken.captured), "p20_s": p20, "p50_s": p50, "p80_s": p80,
-        "samples": len(exposed), **alone_s, "error": f"{checked[kind]:.3g}",
+        "backend": rank.backend, "captured": int(taken.captured), "samples": len(taken.whole), "error": f"{checked[kind]:.3g}",
+        **{name: f"{value:.6g}" for name, value in _seconds(which, taken).items()},
         "sm_clock_hz": f"{taken.reading.sm_clock_hz:.6g}", "power_w": f"{taken.reading.power_w:.5g}", "sent_bytes": sent,
     }  # fmt: skip
+
+
+def _seconds(which: Case, taken: Turns) -> dict[str, float]:
+    """Percentiles of the program's time, what its silent twin takes, and what is exposed; of a collective the percentiles of the last."""
+    exposed = taken.whole - taken.silent
+    alone = which.kernel == "collective"
+    found = {f"p{q}_s": float(np.percentile(exposed if alone else taken.whole, q)) for q in (20, 50, 80)}
+    if alone:
+        return found
+    return found | {"silent_s": float(np.median(taken.silent)), "exposed_s": float(np.median(exposed)), "exposed_se_s": error_of_median(exposed)}
 
 
 def _error(module: Sharing, which: Case, transport: Transport, rank: Rank) -> float:
