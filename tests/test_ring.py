@@ -168,8 +168,8 @@ def test_predicted_work_has_its_sends_beside_its_steps() -> None:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_cases_are_distinct_and_fit_their_ranks(ranks: int) -> None:
     for module in processes.MODULES:
-        for suite in ("tiny", "ring"):
-            found = module.cases(suite, ranks)
+        for name in ("tiny", "ring"):
+            found = module.cases(name, ranks)
             assert len({which.key for which in found}) == len(found)
             assert found or (module, suite, ranks) == (ulysses, "ring", 3), "three ranks divide no layout's heads"
             for which in found:
