@@ -673,6 +673,8 @@ def print_compare_cp(document: dict[str, Any], found: Sequence[Contender], conso
         if way.refused is not None:
             console.print(f"{way.name}: {way.refused}", highlight=False, soft_wrap=True)
     console.print(
-        "exposed: what the prefill would save if messages took no time.  No launch command: which of these an engine runs depends on its\n"
-        "version and attention backend; `longctx size` prints only commands its engine starts.", highlight=False, soft_wrap=True,
+        "exposed: what the prefill would save if messages took no time.  A message hides beside a kernel only if its own kernel starts first:\n"
+        "set CUDA_DEVICE_MAX_CONNECTIONS=1 (two H200 without it: rings' messages ran after the attention they were to run beside).\n"
+        "No launch command: which of these an engine runs depends on its version and attention backend; `longctx size` prints only commands\n"
+        "its engine starts.", highlight=False, soft_wrap=True,
     )  # fmt: skip
