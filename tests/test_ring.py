@@ -171,7 +171,7 @@ def test_cases_are_distinct_and_fit_their_ranks(ranks: int) -> None:
         for name in ("tiny", "ring"):
             found = module.cases(name, ranks)
             assert len({which.key for which in found}) == len(found)
-            assert found or (module, suite, ranks) == (ulysses, "ring", 3), "three ranks divide no layout's heads"
+            assert found or (module, name, ranks) == (ulysses, "ring", 3), "three ranks divide no layout's heads"
             for which in found:
                 assert which.kernel in module.KERNELS
                 assert which["context"] >= which["ranks"] * which["tokens"]
