@@ -4,10 +4,12 @@ under NCCL's protocols LL, LL128 and Simple.
 Legend: n ranks of the group, l of them on each node, m = n / l nodes, S payload (nccl-tests), w wire bytes of a rank.
 A `Lane` is one algorithm under one protocol: t = latency + w x scale / rate.  NCCL takes the fastest for the size, and so
 does `carry`.  Everything is closed form, for numbers and arrays alike.
-Neglected: what keeps in-switch reductions of a whole rack from the rate of a node.  A port carries S (1 + 1 / n), which promises 72 GPUs
-a ninth more bus bandwidth per byte than 8; both attain about 840 GB/s (coreweave/nccl-tests PR 43), so a rack is predicted 11 to 16 %
-too fast from 2 GiB on.  Nobody else's rack is among the rows a fit may read.
-Source: NVIDIA/nccl@5067397c src/graph/tuning.cc (ncclTopoTuneModel); FORMULAS 5.1, 5.3.
+A reduction in the switch is held by the port, which carries S (1 + 1 / h) of h = min(n, 32) heads, or by NCCL's channels, each of
+which copies its share of S into and out of a buffer: 8 B200 and 72 GB300 attain the same 486 GB/s of S over 24 channels.
+Rows sent to their experts (`dispatch`) go by DeepEP's kernels, which attain less of a link than NCCL's.
+Neglected: the smaller chunks of messages below 64 x heads x channels x 128 KiB (6.4 GB in a rack), at which 72 GB300 run 6 % slower;
+that more channels serve reductions across nodes, where NICs hold them.
+Source: NVIDIA/nccl@5067397c src/graph/tuning.cc (ncclTopoTuneModel), src/transport/nvls.cc; FORMULAS 5.1, 5.3.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ class Attained(NamedTuple):
     rate: dict[str, float]
     peers: dict[str, float]
     ramp: dict[str, float]
+    switch: dict[str, float]
+    dispatch: dict[str, float]
 
 
 @cache
@@ -103,8 +107,8 @@ def port(
     """Every lane of a rank of `group` that is the fastest for some size; `algorithm` pins one ("ring", "tree", "nvls").
 
     Inside one scale-up domain everything moves at the domain's rate.  Across nodes rings cross a node's edge once each,
-    so they run at min(scale-up, l x NIC); an all-to-all sends (n - l) / (n - 1) of its wire bytes through the rank's own
-    NIC; a group with one rank a node uses the NIC alone.  A pattern `measured` inside a scale-up domain, in a group of this size,
+    so they run at min(scale-up, l x NIC); an all-to-all or a dispatch sends (n - l) / (n - 1) of its wire bytes through the
+    rank's own NIC; a group with one rank a node uses the NIC alone.  A pattern `measured` inside a scale-up domain, in a group of this size,
     takes what was measured.
     """
     if isinstance(group.ranks, np.ndarray) or isinstance(group.stride, np.ndarray):
@@ -137,6 +141,8 @@ def _port_of_many(pattern: str, group: Group, cluster: Cluster, algorithm: str |
     )  # fmt: skip
 
 
+#: Patterns whose ranks send to each other without passing on.
+DIRECT = ("all_to_all", "dispatch", "send")
 #: Groups are told apart by a table up to this many (ranks, stride), by sorting beyond.
 _TABLE = 2**20
 
@@ -153,29 +159,35 @@ def _port(
     if known is not None and algorithm is None and not np.any(where_.outside):
         lines = sorted(zip(known.latency_s, known.bytes_per_s, strict=True))
         return Port(1.0, inner, tuple(Lane("measured", latency, inner / rate) for latency, rate in lines))
+    few = figure("peers", "", cluster.gpu.architecture)
+    if pattern == "dispatch":
+        where_ = where_._replace(inner_payload=_dispatched(where_.inner_kind), outer_payload=_dispatched(where_.outer_kind))
+        few = 0.0
     share: Num = 1.0
-    if pattern == "all_to_all":
-        share = where(where_.outside, maximum(n - where_.local, 0.0) / maximum(n - 1.0, 1.0), 1.0)
+    if pattern in DIRECT:
         rate = where(where_.outside, outer, inner)
         full = where(where_.outside, outer * where_.outer_payload, inner * where_.inner_payload)
-    elif pattern == "send":
-        rate = where(where_.outside, outer, inner)
-        full = where(where_.outside, outer * where_.outer_payload, inner * where_.inner_payload)
+        if pattern != "send":
+            share = where(where_.outside, maximum(n - where_.local, 0.0) / maximum(n - 1.0, 1.0), 1.0)
     else:
         edge = where(where_.local > 1, minimum(inner, outer * where_.local), outer)
         data = minimum(inner * where_.inner_payload, outer * where_.local * where_.outer_payload)
         rate = where(where_.outside, edge, inner)
         full = where(where_.outside, where(where_.local > 1, data, outer * where_.outer_payload), inner * where_.inner_payload)
-    few = figure("peers", "", cluster.gpu.architecture)
     full = full * where(where_.outside, 1.0, (n - 1) / maximum(n - 1 + few, 1e-9))
-    lanes = [
-        lane for lane in _lanes(pattern, group, cluster, where_, rate, maximum(full, 1.0))
-        if algorithm is None or lane.name.startswith(algorithm)
-    ]  # fmt: skip
+    every = list(_lanes(pattern, group, cluster, where_, rate, maximum(full, 1.0)))
+    lanes = [lane for lane in every if algorithm is None or lane.name.startswith(algorithm)]
     if not lanes:
-        message = f"algorithm {algorithm!r}: {cluster.gpu.name} carries no {pattern} of {n} ranks so; use ring"
+        names = ", ".join(dict.fromkeys(lane.name.split()[0] for lane in every))
+        message = f"algorithm {algorithm!r}: {cluster.gpu.name} carries no {pattern} of {n} ranks so; use {names}"
         raise ValueError(message)
     return Port(share, rate, _fastest(lanes))
+
+
+def _dispatched(kind: str) -> float:
+    """The share of a link that DeepEP's kernels attain."""
+    attains = attained().dispatch
+    return attains.get(kind, attains["nvlink"])
 
 
 def _lanes(pattern: str, group: Group, cluster: Cluster, lies: Span, rate: Num, full: Num) -> Iterator[Lane]:
@@ -184,7 +196,8 @@ def _lanes(pattern: str, group: Group, cluster: Cluster, lies: Span, rate: Num, 
     ring_base, ring_in, ring_out = (seeds.latency_s[kind]["ring"] for kind in ("base", lies.inner_kind, lies.outer_kind))
     tree_out = seeds.latency_s[lies.outer_kind].get("tree", ring_out)
     ceiling = figure("rate", "ll_", cluster.gpu.architecture)
-    for protocol in ("ll", "ll128", "simple"):
+    name = "deepep" if pattern == "dispatch" else "ring"
+    for protocol in ("ll", "ll128", "simple") if name == "ring" else ("simple",):
         # with one rank a node the network's latency is exposed: NCCL takes the tree's
         out = where(lies.local > 1, ring_out[protocol], tree_out[protocol])
         latency = ring_base[protocol] + (steps - inter) * ring_in[protocol] + inter * out
@@ -193,8 +206,8 @@ def _lanes(pattern: str, group: Group, cluster: Cluster, lies: Span, rate: Num, 
             scale = maximum(scale / figures.rate["ll"], rate / ceiling)
         elif protocol == "ll128":
             scale = scale / figures.rate["ll128"]
-        direct = pattern in ("all_to_all", "send")
-        yield from _ramped(f"ring {protocol}", latency, scale, figures, figures.ramp["direct_fill_s" if direct else "ring_fill_s"])
+        filled = figures.ramp["direct_fill_s" if pattern in DIRECT else "ring_fill_s"]
+        yield from _ramped(f"{name} {protocol}", latency, scale, figures, filled)
     if pattern != "all_reduce":
         return
     outside = bool(np.any(lies.outside))
@@ -209,15 +222,16 @@ def _lanes(pattern: str, group: Group, cluster: Cluster, lies: Span, rate: Num, 
     if efficiency is None or lies.inner_kind != "nvlink":
         return
     ring_wire = maximum(2 * group.others, 1e-9)
-    inside_s = (1 + 1 / lies.local) / (lies.inner_bytes_per_s * lies.inner_payload * efficiency)
+    inside_s = (1 + 1 / minimum(lies.local, figures.switch["heads"])) / (lies.inner_bytes_per_s * lies.inner_payload * efficiency)
+    channels_s = 1 / (figure("switch", "channels_", cluster.gpu.architecture) * figures.switch["channel_bytes_per_s"])
     between_s = 2 * (1 - 1 / lies.nodes) / (lies.local * lies.outer_bytes_per_s * lies.outer_payload)
     latency = seeds.latency_s[lies.inner_kind]["nvls"]["simple"]
     if outside:
         latency = latency + where(lies.outside, 2 * _log2(lies.nodes) * seeds.latency_s[lies.outer_kind]["nvls"]["simple"], 0.0)
-    scale = maximum(inside_s, where(lies.outside, between_s, 0.0)) * rate / ring_wire
+    scale = maximum(maximum(inside_s, channels_s), where(lies.outside, between_s, 0.0)) * rate / ring_wire
     # one rank a node has no switch to reduce in
     unusable = where(lies.local > 1, 0.0, np.inf)
-    # every rank reduces its own n-th of the tensor: the more ranks, the smaller the pieces that must fill its pipeline
+    # a step of the pipeline ends when the last rank has posted it, and holds a chunk for every head: the more ranks, the longer to fill
     fill = figure("ramp", "nvls_fill_s_per_rank_", cluster.gpu.architecture) * lies.local
     yield from _ramped("nvls", latency + unusable, scale, figures, fill)
 

@@ -77,6 +77,7 @@ WIRES = {
     "all_gather": "payload_bytes * (ranks - 1) / ranks",
     "reduce_scatter": "payload_bytes * (ranks - 1) / ranks",
     "all_to_all": "payload_bytes * (ranks - 1) / ranks",
+    "dispatch": "payload_bytes * (ranks - 1) / ranks",
     "send": "payload_bytes * min(ranks - 1, 1)",
     "broadcast": "payload_bytes * min(ranks - 1, 1)",
 }

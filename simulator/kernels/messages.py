@@ -13,6 +13,7 @@ PATTERNS = {
     "all_gather": "gathered whole: (n - 1) / n S",
     "reduce_scatter": "whole before scattering: (n - 1) / n S",
     "all_to_all": "all a rank holds for the others and itself: (n - 1) / n S",
+    "dispatch": "rows to the ranks of their experts, or back, by DeepEP's kernels: (n - 1) / n S",
     "send": "one buffer to one neighbour: S",
     "broadcast": "one buffer to all, passed on by each: S",
 }
@@ -21,8 +22,8 @@ PATTERNS = {
 def message(name: str, pattern: str, *, group: Group, payload_bytes: Bytes) -> Message:
     """One rank's part in a collective.
 
-    wire = S x {all_reduce 2 (n - 1) / n; all_gather, reduce_scatter, all_to_all (n - 1) / n; send, broadcast 1}; one rank
-    sends nothing.  Source: nccl-tests doc/PERFORMANCE.md; FORMULAS 5.1.
+    wire = S x {all_reduce 2 (n - 1) / n; all_gather, reduce_scatter, all_to_all, dispatch (n - 1) / n; send, broadcast 1}; one
+    rank sends nothing.  Source: nccl-tests doc/PERFORMANCE.md; FORMULAS 5.1.
 
     >>> message("tp", "all_reduce", group=Group("tp", 8), payload_bytes=134217728).wire_bytes
     234881024.0

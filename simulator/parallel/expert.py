@@ -76,10 +76,10 @@ class Expert(Scheme):
         far, near = layout.groups["ep_nodes"], layout.groups["ep_local"]
         there, back = row_bytes
         return Serial([
-            message("dispatch between nodes", "all_to_all", group=far, payload_bytes=across * there),
-            message("dispatch inside", "all_to_all", group=near, payload_bytes=rows * there), work,
-            message("combine inside", "all_to_all", group=near, payload_bytes=rows * back),
-            message("combine between nodes", "all_to_all", group=far, payload_bytes=across * back),
+            message("dispatch between nodes", "dispatch", group=far, payload_bytes=across * there),
+            message("dispatch inside", "dispatch", group=near, payload_bytes=rows * there), work,
+            message("combine inside", "dispatch", group=near, payload_bytes=rows * back),
+            message("combine between nodes", "dispatch", group=far, payload_bytes=across * back),
         ])  # fmt: skip
 
     def refusals(self, model: ModelSpec) -> Iterator[str]:

@@ -80,29 +80,36 @@ def timed_collective(row: Measurement) -> Asked:
     return ask(float(row.value) * MS)
 
 
-#: What its own test sends: 256 experts, 8 a token, of at most 4 nodes; fp8 with an fp32 scale per 128.
+#: What DeepEP's own tests send: 256 experts, 8 a token, of at most 4 nodes; fp8 with an fp32 scale per 128.
 _EXPERTS, _TOP, _NODES, _FP8_BYTES = 256, 8, 4, 1 + 4 / 128
+#: What travels with every row of its low-latency dispatch: where it came from.
+_LOW_LATENCY_BYTES = 16
 
 
 def deep_ep(row: Measurement) -> Asked:
-    """DeepEP's bottleneck bandwidth under its own test: bytes a rank sends to all distinct nodes (within a node: receives from all
-    ranks), its own among them, per second.
+    """DeepEP's bandwidths: the bytes its own tests count, rows that stay at home among them, per second.
 
-    A token crosses once for each other node its experts lie on and is handed on to each rank there once, while others cross:
-    the longer of NIC and NVLink.  Source: deepseek-ai/DeepEP tests/test_internode.py, num_rdma_token_sent, recv_x.
+    Normal kernels: rows to all distinct nodes of a token (within a node: to all distinct ranks).  A row crosses once for each other
+    node and is handed on to each rank there once, while others cross: the longer of NIC and NVLink.  Low-latency kernels: a row to each
+    of the k experts, over NVLink inside a node (8 ranks show 98 and 127 GB/s with NICs of 50).
+    Source: deepseek-ai/DeepEP@dd758caf tests/legacy/test_internode.py (num_rdma_token_sent, recv_x), test_intranode.py,
+    test_low_latency.py (num_selections; the 10 choices of 1,024 that it masks are neglected, 1 %).
     """
-    if "low-latency" in row.kernel_or_engine:
-        refuse("DeepEP's low-latency kernels put RDMA under every pair of ranks, NVLink neighbours too: not modelled")
     on = machine(row)
+    dispatched = row.inputs["op"] == "dispatch"
+    row_bytes = row.number("hidden") * (_FP8_BYTES if dispatched else BF16.bytes)
+    if "low-latency" in row.kernel_or_engine:
+        each = row_bytes + (_LOW_LATENCY_BYTES if dispatched else 0)
+        counted = row.number("tokens_per_gpu") * _TOP * each
+        return timed(message("rows", "dispatch", group=Group("all", float(on.gpus)), payload_bytes=counted), on, counted / (float(row.value) * GIGA))
     local = min(on.gpus, on.gpus_per_node)
     nodes = on.gpus // local
     chosen = min(nodes, _NODES)
-    row_bytes = row.number("hidden") * (_FP8_BYTES if row.inputs["op"] == "dispatch" else BF16.bytes)
     distinct = distinct_nodes(nodes=float(nodes), experts=_EXPERTS, top_k=_TOP, limit=float(chosen))
     ranks = distinct_nodes(nodes=float(on.gpus), experts=_EXPERTS, top_k=_TOP, limit=float(chosen * local))
     sent, handed = (float(row.number("tokens_per_gpu") * each * row_bytes) for each in (distinct, ranks))
-    inside = message("hand on", "all_to_all", group=Group("node", float(local)), payload_bytes=handed)
-    across = message("cross", "all_to_all", group=Group("nodes", float(nodes), float(local)), payload_bytes=sent)
+    inside = message("hand on", "dispatch", group=Group("node", float(local)), payload_bytes=handed)
+    across = message("cross", "dispatch", group=Group("nodes", float(nodes), float(local)), payload_bytes=sent)
 
     def answer(calibration: Calibration) -> Interval:
         clock = Clock(on, calibration)
