@@ -20,16 +20,18 @@ from simulator.work import Serial, Work
 #: How the functions of ring-flash-attention order and pass tokens.
 _RINGS = {
     "ring_flash_attn": Layout(cp=8, order="contiguous"), "zigzag_ring_flash_attn": Layout(cp=8), "stripe_flash_attn": Layout(cp=8, order="striped"),
-    "llama3_flash_attn": Layout(cp=8, passing="gather"),
 }  # fmt: skip
+#: The four packs that its benchmark of packed samples takes in turn: a rank's tokens of each sample.
+_PACKS = ((8192,), (256, 7392, 544), (4096, 4096), (3104, 3200, 1600, 160, 128))
 
 
-def _core(row: Measurement, layout: Layout, *, causal: bool, training: bool) -> Work:
-    """One attention call over the ranks of `layout`, forward or both ways."""
+def _core(row: Measurement, layout: Layout, *, causal: bool, training: bool, pack: tuple[int, ...] = ()) -> Work:
+    """One attention call over the ranks of `layout`, forward or both ways; over packed samples if `pack` says what a rank holds of each."""
     heads, width = int(row.number("heads")), int(row.number("head_dim"))
     layer = Attention(heads * width, heads, int(row.number("kv_heads")), width, mask=Causal() if causal else Bidirectional())
     placed = layout.place(load_model("meta-llama/Meta-Llama-3.1-8B"))
-    held = placed.shard(layer, (Segment(row.number("batch"), row.number("seq_len"), 0.0),))
+    samples = [(1.0, own * float(layout.gpus)) for own in pack] or [(row.number("batch"), row.number("seq_len"))]
+    held = placed.shard(layer, tuple(Segment(number, tokens, 0.0) for number, tokens in samples))
     ways = Direction if training else (Direction.FORWARD,)
     return Serial([mixing_of(placed.work(layer, held, C_BF16, way)) for way in ways])
 
@@ -46,14 +48,19 @@ def _with_flash2(asked: Asked) -> Asked:
 
 
 def ring_flash(row: Measurement) -> Asked:
-    """ring-flash-attention's README: iterations per second of one call over 8 GPUs; one GPU runs its own block only."""
-    if row.n_gpus == "1":
+    """ring-flash-attention's README: iterations per second of one call over 8 GPUs; one GPU runs its own block only.
+
+    Packed samples ("varlen"): the mean of four packs.  Source: zhuzilin/ring-flash-attention@89962823 benchmark/.
+    """
+    packed, training = "varlen" in row.notes, row.inputs["pass"].endswith("bwd")
+    if row.n_gpus == "1" and not packed:
         return ring_flash_single(row)
-    if "varlen" in row.notes:
-        refuse("packed samples: their lengths are not restated")
-    layout = _RINGS[row.kernel_or_engine.split()[-1]]
-    work = _core(row, layout, causal=row.inputs["causal"] == "True", training=row.inputs["pass"].endswith("bwd"))
-    return _with_flash2(timed(work, machine(row), 1 / float(row.value)))
+    name = row.kernel_or_engine.split()[-1]
+    if name == "llama3_flash_attn":
+        refuse("ranks hold runs of the packed stream, wherever they cut samples: the busiest is not one of ours")
+    layout = Layout() if row.n_gpus == "1" else _RINGS[name]
+    calls = [_core(row, layout, causal=row.inputs["causal"] == "True", training=training, pack=pack) for pack in (_PACKS if packed else ((),))]
+    return _with_flash2(timed(Serial(calls), machine(row), len(calls) / float(row.value)))
 
 
 def burst(row: Measurement) -> Asked:
