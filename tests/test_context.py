@@ -19,6 +19,7 @@ from simulator.parallel.context import (
     PASSING,
     Context,
     block_tokens_to_hide,
+    halo_rows,
     halo_tokens,
     imbalance,
     passes_kv,
@@ -197,6 +198,24 @@ def test_a_window_fetches_a_halo_whatever_the_context(mask: Any) -> None:
         for order, parts in (("contiguous", 1), ("zigzag", 2)):
             sent = messages(layer_work(LLAMA, layer, Layout(cp=8, order=order), Segment(1.0, context, 0.0)))
             assert {name: sum(t * op.wire_bytes for t, op in ops) for name, ops in sent.items()} == {"halo": parts * (mask.width - 1) * row}
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("reach", [0, 1, 3, 4, 7, 8, 11, 17, 100])
+@pytest.mark.parametrize("past", [0, 5])
+def test_a_halo_is_what_the_busiest_rank_must_ask_others_for(order: str, reach: int, past: int) -> None:
+    for n in (1, 2, 3, 4, 8):
+        chunk = 8 if order == "contiguous" else 4
+        own = [{r} if order == "contiguous" else {r, 2 * n - 1 - r} for r in range(n)]
+        asked = []
+        for chunks in own:
+            held = {past + c * chunk + i for c in chunks for i in range(chunk)}
+            seen = {row for c in chunks for row in range(max(0, past + c * chunk - reach), past + c * chunk)}
+            asked.append(len(seen - held))
+        segment = Segment(1.0, 8.0 * n, float(past))
+        assert [halo_rows(order, segment, float(n), float(reach), float(r)) for r in range(n)] == asked
+        if n > 1:
+            assert halo_rows(order, segment, float(n), float(reach)) == max(asked)
 
 
 def test_one_layer_in_a_stack_fetches_what_its_own_mask_reaches() -> None:

@@ -36,7 +36,7 @@ from simulator.layers.layer import Direction, Keep, Kept, Layer, Mixer, Slice, i
 from simulator.model import ModelSpec
 from simulator.parallel.data import share_sequences
 from simulator.parallel.scheme import Scheme, divisors, has_mixing, is_one, mixing_of, with_mixing
-from simulator.units import Bytes, FlopsPerSecond, Num, Tokens, maximum, minimum, where
+from simulator.units import Bytes, FlopsPerSecond, Num, Tokens, floor, maximum, minimum, where
 from simulator.work import Overlap, Repeat, Select, Serial, Work
 
 ORDERS = ("zigzag", "contiguous", "striped")
@@ -135,6 +135,30 @@ def halo_tokens(layer: Mixer, held: Slice) -> float | None:
     if any(kept.grows for kept in rows):
         return None
     return max((float(kept.most or kept.cycle or 1) - 1 for kept in rows), default=0.0)
+
+
+def halo_rows(order: str, segment: Segment, ranks: Num, reach: Tokens, position: Num | None = None) -> Tokens:
+    """Rows of other ranks that one rank's queries reach: of the busiest rank's, or of that at `position` p; `reach` R of each query.
+
+    contiguous: min(R, P + p c), most at the end.  zigzag, h = c / 2: the queries of chunks p and 2 n - 1 - p reach a = min(R, P + p h) and
+    b = min(R, P + (2 n - 1 - p) h) rows before them; min(h + a, max(0, R - 2 (n - 1 - p) h)) of those before the second are its own or
+    before the first: a + b less those.  It grows with p while a does and falls where the chunks come near: most at p = floor(n - 1 -
+    R / 2 h) or the next.  striped: as of contiguous rows before the queries' mean.
+
+    >>> [halo_rows("zigzag", Segment(1.0, 64.0, 0.0), n, 3.0) for n in (2.0, 4.0)], halo_rows("zigzag", Segment(1.0, 64.0, 0.0), 4.0, 3.0, 3.0)
+    ([3.0, 6.0], 3.0)
+    """
+    past, own = segment.mean_prefix, segment.new_tokens / ranks
+    if order != "zigzag":
+        (piece,) = pieces(order, segment, ranks, ranks - 1 if position is None else position)
+        return minimum(reach, piece.prefix)
+    half = own * 0.5
+    if position is None:
+        apart = floor(ranks - 1 - reach / maximum(2 * half, 1e-9))
+        near, next_ = (maximum(minimum(p, ranks - 1), 0.0) for p in (apart, apart + 1))
+        return maximum(halo_rows(order, segment, ranks, reach, near), halo_rows(order, segment, ranks, reach, next_))
+    first, second = minimum(reach, past + position * half), minimum(reach, past + (2 * ranks - 1 - position) * half)
+    return first + second - minimum(half + first, maximum(reach - 2 * (ranks - 1 - position) * half, 0.0))
 
 
 def made(layer: Mixer, held: Slice) -> tuple[Num, Num]:
@@ -278,10 +302,14 @@ class Context(Scheme):
             rows = sum((s.sequences * s.new_tokens for s in core.held.asked), 0.0)
             fetch: Work = message("gather keys and values", "all_gather", group=group, payload_bytes=rows * row)
         else:
-            rows = sum((s.sequences * minimum(reach, s.prefix) for s in core.held.segments), 0.0)
+            rows = self._halo(core.held, reach)
             fetch = message("halo", "send", group=group, payload_bytes=rows * row)
         back = message("halo gradients", "send", group=group, payload_bytes=rows * row)
         return Serial([fetch, core.work(core.held.segments), *([back] if core.direction is Direction.BACKWARD else [])])
+
+    def _halo(self, held: Slice, reach: Tokens) -> Tokens:
+        rows: Tokens = sum((s.sequences * halo_rows(self.layout.order, s, self.degree, reach, self.position) for s in held.asked), 0.0)
+        return rows
 
     def _fetched(self, layer: Mixer, held: Slice) -> list[Work]:
         """What a mixer without a ring needs of others before it starts: every row, entry and indexer key that grows with the
@@ -301,7 +329,7 @@ class Context(Scheme):
                 found.append(message(f"gather {kept.keep.value}", "all_gather", group=group, payload_bytes=rows * row))
             else:
                 most = float(kept.most or kept.cycle or 1) - 1
-                rows = sum((s.sequences * minimum(most, s.prefix) for s in held.segments), 0.0)
+                rows = self._halo(held, most)
                 found.append(message("halo", "send", group=group, payload_bytes=rows * row))
         return found
 
@@ -454,6 +482,6 @@ def tree_merge(tokens: Num, heads: Num, outputs: Num, group: Any) -> list[Work]:
 
 
 __all__ = [
-    "HOLDS", "ORDERS", "PASSING", "Context", "Ring", "block_tokens_to_hide", "halo_tokens", "imbalance", "made", "merge", "passed_bytes", "passes_kv",
-    "pieces", "ring", "tokens_to_hide_kv", "tokens_to_hide_q",
+    "HOLDS", "ORDERS", "PASSING", "Context", "Ring", "block_tokens_to_hide", "halo_rows", "halo_tokens", "imbalance", "made", "merge",
+    "passed_bytes", "passes_kv", "pieces", "ring", "tokens_to_hide_kv", "tokens_to_hide_q",
 ]  # fmt: skip
