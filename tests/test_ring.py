@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +15,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from microbench.case import Case  # noqa: E402
-from microbench.ring import block, context, fit, processes, suite, trace, ulysses  # noqa: E402
+from microbench.ring import block, context, fit, halo, processes, suite, trace, ulysses  # noqa: E402
 from microbench.ring.program import over, payloads  # noqa: E402
 from microbench.ring.transport import Local, Loopback, Silent, Transport  # noqa: E402
+from simulator.kernels.attention import Segment  # noqa: E402
+from simulator.parallel.context import halo_rows  # noqa: E402
 from simulator.work import Overlap, Work  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -80,14 +83,76 @@ def test_a_rank_hands_over_what_the_simulator_says(impl: str, ranks: int, past: 
 
 def test_processes_agree_with_one_device_and_with_the_simulator() -> None:
     found = processes.run(4, processes.agreement, [4, 3, 2])
-    seen = set()
+    seen, sent = set(), Counter()  # type: ignore[var-annotated]
+    predicted = {w.key: payloads(m.work(w)) for size in (2, 3, 4) for m in processes.MODULES for w in m.cases("tiny", size)}
+    uneven = {w.key: w for size in (2, 3, 4) for m in processes.UNEVEN for w in m.cases("tiny", size)}
     for rank, rows in enumerate(found):
-        predicted = {w.key: payloads(m.work(w)) for size in (2, 3, 4) for m in processes.MODULES for w in m.cases("tiny", size)}
         for row in rows:
             assert row["error"] < 1e-12, (rank, row)
-            assert row["counted"] == predicted[row["case"]], (rank, row)
+            if row["case"] in uneven:
+                sent[row["case"]] += row["counted"].get("send", 0)
+            else:
+                assert row["counted"] == predicted[row["case"]], (rank, row)
             seen.add((rank, row["size"], row["case"]))
-    assert len(seen) == sum(size * len(m.cases("tiny", size)) for size in (2, 3, 4) for m in processes.MODULES)
+    modules = (*processes.MODULES, *processes.UNEVEN)
+    assert len(seen) == sum(size * len(m.cases("tiny", size)) for size in (2, 3, 4) for m in modules)
+    assert sent == {key: sum(lacking_bytes(which)) for key, which in uneven.items()}
+
+
+# ---- windows
+
+
+def lacking_bytes(which: Case) -> list[float]:
+    """What the simulator says each rank lacks, fetched once and, backward, returned once."""
+    segment = Segment(float(which["sequences"]), float(which["ranks"] * which["tokens"]), 0.0)
+    row = 2 * which["kv_heads"] * which["head_dim"] * 2 * which["sequences"] * (2 if halo.is_backward(which) else 1)
+    rows = (halo_rows(halo.order_of(which), segment, float(which["ranks"]), which["window"] - 1.0, float(r)) for r in range(which["ranks"]))
+    return [float(found * row) for found in rows]
+
+
+def windows(ranks: int) -> list[Case]:
+    """Windows of two tokens, of a chunk, over several ranks, and over everything; two sequences."""
+    return [
+        over(impl, (4, 2, 8), ranks=ranks, tokens=8, sequences=2, backward=way, window=window)
+        for impl in halo.IMPLS for window in (2, 5, 9, 14, 200) for way in (False, True)
+    ]  # fmt: skip
+
+
+@for_ranks
+def test_ranks_that_fetch_a_halo_give_what_one_device_gives(ranks: int) -> None:
+    for which in windows(ranks):
+        errors = Local.run(ranks, lambda transport, w=which: halo.error(w, transport, CPU, torch.float64))
+        assert all(error < 1e-12 for error in errors), (which.key, errors)
+
+
+@for_ranks
+def test_a_halo_moves_what_the_simulator_says_of_every_rank(ranks: int) -> None:
+    for which in windows(ranks):
+        said = lacking_bytes(which)
+        assert payloads(halo.work(which)).get("send", 0.0) == max(said), which.key
+        sent = []
+        for rank in range(ranks):
+            transport = Silent(rank, ranks)
+            once = halo.build(which, transport, CPU)
+            transport.counted.clear()
+            once()
+            sent.append(transport.counted["send"])
+        assert sum(sent) == sum(said), which.key
+        assert set(transport.counted) <= {"send"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_halo_costs_no_more_precision_than_its_rounding(dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    for which in windows(4):
+        errors = Local.run(4, lambda transport, w=which, k=kind: halo.error(w, transport, CPU, k))
+        assert max(errors) < 4 * torch.finfo(kind).eps, which.key
+
+
+def test_a_window_with_a_past_is_refused() -> None:
+    which = over("halo.zigzag", (4, 2, 8), ranks=2, tokens=8, past=4, window=3)
+    with pytest.raises(ValueError, match="use ranks x tokens"):
+        halo.build(which, Silent(0, 2), CPU)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -167,7 +232,7 @@ def test_predicted_work_has_its_sends_beside_its_steps() -> None:
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_cases_are_distinct_and_fit_their_ranks(ranks: int) -> None:
-    for module in processes.MODULES:
+    for module in (*processes.MODULES, *processes.UNEVEN):
         for name in ("tiny", "ring"):
             found = module.cases(name, ranks)
             assert len({which.key for which in found}) == len(found)

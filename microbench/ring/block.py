@@ -1,11 +1,11 @@
 """One block of attention: some queries over some keys, forward to (output, LSE), backward from those of the whole row.
 
 On a GPU the block is cuDNN's kernel, or FlashAttention-2's where cuDNN has none for it (keys before a causal block, or a
-shape it refuses); elsewhere plain PyTorch in the element type of its inputs (bf16 is computed in fp32).  `join` adds two
+shape it refuses, or a window); elsewhere plain PyTorch in the element type of its inputs (bf16 is computed in fp32).  `join` adds two
 partial outputs by their LSE: with m = log(e^a + e^b) the sum is e^(a - m) A + e^(b - m) B.
 
 Legend: q [B, C, h, d], k and v [B, N, g, d], LSE [B, h, C] in fp32 (float64 for float64).  A causal block is aligned to its
-last key: query i sees keys up to N - C + i.
+last key: query i sees keys up to N - C + i, the last `window` of them where there is one.
 """
 
 from __future__ import annotations
@@ -36,27 +36,32 @@ def wide(dtype: Any) -> Any:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(q: Any, k: Any, v: Any, *, causal: bool) -> Partial:
+def forward(q: Any, k: Any, v: Any, *, causal: bool, window: int = 0) -> Partial:
     """Softmax(q k^T / sqrt(d)) v of the block, and its LSE."""
     if not q.is_cuda:
-        return _plain(q, k, v, causal=causal)
-    if kernel_of(q.shape, k.shape, causal=causal) == "cudnn":
+        return _plain(q, k, v, causal=causal, window=window)
+    if not window and kernel_of(q.shape, k.shape, causal=causal) == "cudnn":
         return _cudnn(q, k, v, causal=causal)
     out, lse = torch.ops.aten._flash_attention_forward(  # noqa: SLF001
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, **_sides(window)
     )[:2]
     return Partial(out, lse)
 
 
-def backward(grads: Any, q: Any, k: Any, v: Any, whole: Partial, *, causal: bool) -> Gradients:
+def _sides(window: int) -> dict[str, int]:
+    """FlashAttention's window."""
+    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+
+
+def backward(grads: Any, q: Any, k: Any, v: Any, whole: Partial, *, causal: bool, window: int = 0) -> Gradients:
     """Gradients of the block's inputs, from the output and LSE of the queries over all keys."""
     if not q.is_cuda:
-        return _plain_backward(grads, q, k, v, whole, causal=causal)
-    if kernel_of(q.shape, k.shape, causal=causal, backwards=True) == "cudnn":
+        return _plain_backward(grads, q, k, v, whole, causal=causal, window=window)
+    if not window and kernel_of(q.shape, k.shape, causal=causal, backwards=True) == "cudnn":
         return _cudnn_backward(grads, q, k, v, whole, causal=causal)
     _, seed, offset = _left_over("flash2", q.device)
     found = torch.ops.aten._flash_attention_backward(  # noqa: SLF001
-        grads, q, k, v, whole.out, whole.lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, seed, offset
+        grads, q, k, v, whole.out, whole.lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, seed, offset, **_sides(window)
     )
     return Gradients(*found)
 
@@ -153,28 +158,30 @@ def _left_over(kernel: str, device: Any) -> tuple[int, Any, Any]:
     return saved[1].dim(), saved[2], saved[3]
 
 
-def _scores(q: Any, k: Any, *, causal: bool) -> Any:
+def _scores(q: Any, k: Any, *, causal: bool, window: int) -> Any:
     """[B, g, h / g, C, N]."""
     grouped = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bcgrd,bngd->bgrcn", grouped, k) * q.shape[-1] ** -0.5
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - q.shape[1])
+        every = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        last = k.shape[1] - q.shape[1]
+        hidden = every.triu(1 + last) | every.tril(last - window) if window else every.triu(1 + last)
         scores = scores.masked_fill(hidden, float("-inf"))
     return scores
 
 
-def _plain(q: Any, k: Any, v: Any, *, causal: bool) -> Partial:
+def _plain(q: Any, k: Any, v: Any, *, causal: bool, window: int) -> Partial:
     kind = wide(q.dtype)
-    scores = _scores(q.to(kind), k.to(kind), causal=causal)
+    scores = _scores(q.to(kind), k.to(kind), causal=causal, window=window)
     lse = scores.logsumexp(-1)
     out = torch.einsum("bgrcn,bngd->bcgrd", (scores - lse.unsqueeze(-1)).exp(), v.to(kind)).flatten(2, 3)
     return Partial(out.to(q.dtype), lse.flatten(1, 2))
 
 
-def _plain_backward(grads: Any, q: Any, k: Any, v: Any, whole: Partial, *, causal: bool) -> Gradients:
+def _plain_backward(grads: Any, q: Any, k: Any, v: Any, whole: Partial, *, causal: bool, window: int) -> Gradients:
     kind, groups = wide(q.dtype), k.shape[2]
     wide_q, wide_k, wide_v, d_out, out = (t.to(kind) for t in (q, k, v, grads, whole.out))
-    shares = (_scores(wide_q, wide_k, causal=causal) - whole.lse.unflatten(1, (groups, -1)).unsqueeze(-1)).exp()
+    shares = (_scores(wide_q, wide_k, causal=causal, window=window) - whole.lse.unflatten(1, (groups, -1)).unsqueeze(-1)).exp()
     d_out, out, grouped = (t.unflatten(2, (groups, -1)) for t in (d_out, out, wide_q))
     d_v = torch.einsum("bgrcn,bcgrd->bngd", shares, d_out)
     d_shares = torch.einsum("bcgrd,bngd->bgrcn", d_out, wide_v)

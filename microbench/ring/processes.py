@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from microbench.ring import context, ulysses
+from microbench.ring import context, halo, ulysses
 from microbench.ring.transport import Distributed, Transport
 
-MODULES = (context, ulysses)
+#: Programs whose ranks all hand over as much; and those whose ranks do not.
+MODULES, UNEVEN = (context, ulysses), (halo,)
 
 
 def run(size: int, program: Callable[..., Any], *told: Any) -> list[Any]:
@@ -42,7 +43,7 @@ def agreement(transport: Transport, sizes: list[int]) -> list[dict[str, Any]]:
         group = transport.group(range(size) if inside else [transport.rank])
         if not inside:
             continue
-        for module in MODULES:
+        for module in (*MODULES, *UNEVEN):
             for which in module.cases("tiny", size):
                 error = module.error(which, group, device, torch.float64)
                 once = module.build(which, group, device)
@@ -52,4 +53,4 @@ def agreement(transport: Transport, sizes: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-__all__ = ["MODULES", "agreement", "run"]
+__all__ = ["MODULES", "UNEVEN", "agreement", "run"]

@@ -19,7 +19,7 @@ from microbench.attention import reference
 from microbench.case import Case, case, relative
 from microbench.ring.transport import Transport
 from simulator.dtypes import C_BF16
-from simulator.kernels.attention import Segment
+from simulator.kernels.attention import Causal, Segment, Window
 from simulator.kernels.messages import PATTERNS
 from simulator.layers import Attention
 from simulator.layers.embedding import Embedding, Head
@@ -129,7 +129,8 @@ def over(
 def work_of(which: Case, layout: Layout) -> Work:
     """The mixing part of one layer on one rank, as the simulator builds it for `layout`."""
     width = which["heads"] * which["head_dim"]
-    layer = Attention(width, which["heads"], which["kv_heads"], which["head_dim"])
+    mask = Window(which["window"]) if which.get("window") else Causal()
+    layer = Attention(width, which["heads"], which["kv_heads"], which["head_dim"], mask=mask)
     model = ModelSpec("one layer", width, 1, ((1, (layer,)),), Embedding(1, width), Head(1, width))
     placed = layout.place(model)
     segments = (Segment(float(which["sequences"]), float(which["ranks"] * which["tokens"]), float(past_of(which))),)
@@ -194,7 +195,7 @@ def checked(
     out = program.forward()
     # every query head has keys of its own here, so that a rank's part of their gradient is known
     leaves = [q.double().requires_grad_(), kv.double().repeat_interleave(groups, 3).requires_grad_()]
-    want = reference(leaves[0], leaves[1][:, :, 0], leaves[1][:, :, 1], 0)
+    want = reference(leaves[0], leaves[1][:, :, 0], leaves[1][:, :, 1], which.get("window", 0))
     if not is_backward(which):
         return relative(out.cpu().double(), want.detach()[:, held.tokens])
     got = program.backward()

@@ -35,7 +35,7 @@ from microbench.case import Case
 from microbench.clock import between
 from microbench.clock import captured as captured_graph
 from microbench.environment import Reading, Sensors, environment
-from microbench.ring import collectives, context, decode, experts, handover, tensor, trace, ulysses
+from microbench.ring import collectives, context, decode, experts, halo, handover, tensor, trace, ulysses
 from microbench.ring.transport import Distributed, Loopback, Silent, Transport
 from microbench.run import TOLERANCE, Outcome, case_of, read
 from simulator.units import Array
@@ -61,7 +61,7 @@ class Sharing(Protocol):
         """Relative error of this rank's results against the whole computed on one device."""
 
 
-MODULES: tuple[Any, ...] = (collectives, context, ulysses, decode, tensor, experts, handover)
+MODULES: tuple[Any, ...] = (collectives, context, ulysses, halo, decode, tensor, experts, handover)
 #: Logical ranks of which a single GPU plays one.
 LOOPBACK_RANKS = 4
 #: What it plays: rings and gathers of attention, as long as 128K tokens a rank of 8 heads.
