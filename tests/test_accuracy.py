@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -25,6 +26,7 @@ from simulator.hf import catalog as models
 from simulator.kernels.attention import Segment
 from simulator.kernels.unfused_attention import unfused_attention
 from simulator.published import MICROBENCHMARKS, SOURCES, Measurement, NotComparableError, addresses, measurements, question, role
+from simulator.published.rings import _PACKS
 from simulator.published.serving import _clients, waited
 from simulator.published.table import _MODELS
 from simulator.validate import KERNELS, Compared, Refused, accuracy, by_kind, by_source, compare, recorded
@@ -123,6 +125,34 @@ def test_our_values_are_positive_and_inside_their_own_interval() -> None:
 )  # fmt: skip
 def test_two_figures_of_one_measurement_are_the_same_seconds(rate: str, other: str, rounding: float) -> None:
     assert question(row(rate)).measured == pytest.approx(question(row(other)).measured, rel=rounding)
+
+
+@pytest.mark.parametrize(
+    ("rate", "printed_us"),
+    [
+        ("DEEPEP-0010", 77), ("DEEPEP-0014", 118), ("DEEPEP-0018", 155), ("DEEPEP-0022", 173), ("DEEPEP-0026", 192), ("DEEPEP-0030", 194),
+        ("DEEPEP-0012", 114), ("DEEPEP-0016", 195), ("DEEPEP-0020", 273), ("DEEPEP-0024", 314), ("DEEPEP-0028", 369), ("DEEPEP-0032", 360),
+    ],
+)  # fmt: skip
+def test_deepep_s_low_latency_bandwidths_are_the_latencies_printed_beside_them(rate: str, printed_us: float) -> None:
+    assert question(row(rate)).measured == pytest.approx(printed_us * 1e-6, rel=0.5 / float(row(rate).value) + 0.005)
+
+
+@pytest.mark.parametrize(("dispatch", "nodes"), [("DEEPEP-0001", 1), ("DEEPEP-0003", 2), ("DEEPEP-0005", 4), ("DEEPEP-0007", 8)])
+def test_deepep_s_rows_go_where_its_router_sends_them(dispatch: str, nodes: int) -> None:
+    """By drawing as its tests draw: distinct nodes of a token (within a node: distinct ranks)."""
+    scores = np.abs(np.random.default_rng(0).standard_normal((20_000, 256))) + 1
+    best = scores.reshape(-1, nodes, 256 // nodes).max(-1)
+    allowed = best >= np.sort(best, 1)[:, [-min(nodes, 4)]]
+    experts = np.argsort(np.where(np.repeat(allowed, 256 // nodes, 1), scores, 0.0), 1)[:, -8:]
+    places = np.sort(experts // (32 if nodes == 1 else 256 // nodes), 1)
+    drawn = 1 + (np.diff(places, axis=1) > 0).sum(1).mean()
+    asked = question(row(dispatch))
+    assert asked.measured * float(row(dispatch).value) * 1e9 / (4096 * 7168 * (1 + 4 / 128)) == pytest.approx(drawn, rel=0.006)
+
+
+def test_packs_hold_what_a_rank_holds() -> None:
+    assert all(sum(pack) == 8192 for pack in _PACKS)
 
 
 def test_the_utilisation_a_source_prints_is_its_flops_over_our_seconds() -> None:

@@ -82,8 +82,8 @@ def timed_collective(row: Measurement) -> Asked:
 
 #: What DeepEP's own tests send: 256 experts, 8 a token, of at most 4 nodes; fp8 with an fp32 scale per 128.
 _EXPERTS, _TOP, _NODES, _FP8_BYTES = 256, 8, 4, 1 + 4 / 128
-#: What travels with every row of its low-latency dispatch: where it came from.
-_LOW_LATENCY_BYTES = 16
+#: What travels with every row of its low-latency dispatch: where it came from.  Choices that the test of those kernels masks.
+_LOW_LATENCY_BYTES, _MASKED = 16, 10
 
 
 def deep_ep(row: Measurement) -> Asked:
@@ -92,20 +92,21 @@ def deep_ep(row: Measurement) -> Asked:
     Normal kernels: rows to all distinct nodes of a token (within a node: to all distinct ranks).  A row crosses once for each other
     node and is handed on to each rank there once, while others cross: the longer of NIC and NVLink.  Low-latency kernels: a row to each
     of the k experts, over NVLink inside a node (8 ranks show 98 and 127 GB/s with NICs of 50).
+    Its router picks nodes by their best expert, so that rows go to nearly all of those it picks (3.98 of 4, drawn at random).
     Source: deepseek-ai/DeepEP@dd758caf tests/legacy/test_internode.py (num_rdma_token_sent, recv_x), test_intranode.py,
-    test_low_latency.py (num_selections; the 10 choices of 1,024 that it masks are neglected, 1 %).
+    test_low_latency.py (num_selections).
     """
     on = machine(row)
     dispatched = row.inputs["op"] == "dispatch"
     row_bytes = row.number("hidden") * (_FP8_BYTES if dispatched else BF16.bytes)
     if "low-latency" in row.kernel_or_engine:
         each = row_bytes + (_LOW_LATENCY_BYTES if dispatched else 0)
-        counted = row.number("tokens_per_gpu") * _TOP * each
+        counted = (row.number("tokens_per_gpu") * _TOP - _MASKED) * each
         return timed(message("rows", "dispatch", group=Group("all", float(on.gpus)), payload_bytes=counted), on, counted / (float(row.value) * GIGA))
     local = min(on.gpus, on.gpus_per_node)
     nodes = on.gpus // local
     chosen = min(nodes, _NODES)
-    distinct = distinct_nodes(nodes=float(nodes), experts=_EXPERTS, top_k=_TOP, limit=float(chosen))
+    distinct = distinct_nodes(nodes=float(nodes), experts=_EXPERTS, top_k=_TOP) if chosen == nodes else float(chosen)
     ranks = distinct_nodes(nodes=float(on.gpus), experts=_EXPERTS, top_k=_TOP, limit=float(chosen * local))
     sent, handed = (float(row.number("tokens_per_gpu") * each * row_bytes) for each in (distinct, ranks))
     inside = message("hand on", "dispatch", group=Group("node", float(local)), payload_bytes=handed)
