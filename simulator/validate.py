@@ -20,6 +20,7 @@ from simulator import __version__
 from simulator.calibration import Calibration
 from simulator.data import data_path
 from simulator.published import MICROBENCHMARKS, Measurement, NotComparableError, fitted_sources, measurements, question, role
+from simulator.published.caches import TOLERANCE
 from simulator.report import SCHEMA_VERSION
 from simulator.units import BYTES, SECONDS, significant
 
@@ -50,6 +51,7 @@ class Compared:
     high: float
     basis: str
     shape: str
+    explanation: str = ""
 
     @property
     def error(self) -> float:
@@ -106,8 +108,9 @@ def _answered(row: Measurement) -> Compared | Refused:
     if use == "score" and row.kind in MICROBENCHMARKS and row.source in fitted_sources():
         use = "held out"
     return Compared(
-        row.source, row.kind, row.id, gpu, use, asked.unit, ours.value, asked.measured, ours.low, ours.high, ours.basis, row.shape
-    )
+        row.source, row.kind, row.id, gpu, use, asked.unit, ours.value, asked.measured, ours.low, ours.high, ours.basis, row.shape,
+        asked.explanation,
+    )  # fmt: skip
 
 
 #: Where comparisons come from.
@@ -252,7 +255,7 @@ def show(compared: Sequence[Compared], refused: Sequence[Refused], console: Cons
         _table(
             console, "Rows", ("id", "GPU", "use", "measured", "predicted", "error", "80 % interval", "basis", "shape"),
             [(o.id, o.gpu, o.use, _value(o, o.measured), _value(o, o.predicted), f"{o.error:+.1%}",
-              f"{_value(o, o.low)} to {_value(o, o.high)}", o.basis, o.shape[:64]) for o in compared],
+              f"{_value(o, o.low)} to {_value(o, o.high)}", o.basis, _told(o)) for o in compared],
         )  # fmt: skip
     _table(console, "Not compared", ("kind", "source", "rows", "reason"), [(k, s, str(n), r) for k, s, r, n in reasons(refused)])
 
@@ -260,6 +263,12 @@ def show(compared: Sequence[Compared], refused: Sequence[Refused], console: Cons
 def _figures(a: Accuracy) -> tuple[str, ...]:
     inside = "exact" if a.worst.low == a.worst.high else f"{a.coverage:.0%}"
     return (str(a.n), f"{a.median:.1%}", f"{a.p90:.0%}", f"{a.signed:+.1%}", inside)
+
+
+def _told(row: Compared) -> str:
+    """What was measured; and why an exact comparison is off, where it is."""
+    off = row.explanation and abs(row.error) > TOLERANCE
+    return f"{row.shape[:64]}\n{row.error:+.2%}: {row.explanation}" if off else row.shape[:64]
 
 
 def _value(row: Compared, value: float) -> str:

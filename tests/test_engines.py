@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from simulator import Layout
 from simulator.dtypes import CACHE_FORMATS
@@ -130,11 +133,11 @@ def test_attention_blocks_grow_over_the_recurrent_state(name: str, block: int, s
     assert sorted(len(table.group.members) for table in found) == shapes
 
 
-def test_states_take_three_blocks_with_a_prefix_cache_and_one_without() -> None:
+def test_states_take_three_blocks_with_a_prefix_cache_two_until_0_28_and_one_without() -> None:
     spec, gpu = model("Qwen/Qwen3.6-35B-A3B"), machine("h100").gpu
     counts = [
         {float(t.count(float(K128))) for t in engine.tables(spec, Layout(), gpu) if t.group.demand is Demand.STATE}
-        for engine in (Vllm(), Vllm(prefix_caching=False), Vllm(state_copies=2))
+        for engine in (Vllm(), Vllm(prefix_caching=False), Vllm(release="0.28"))
     ]
     assert counts == [{3.0}, {1.0}, {2.0}]
 
@@ -155,6 +158,86 @@ def test_v4_packs_its_pages_in_the_widest_group() -> None:
     assert pool_bytes(spec, Layout(), found) == 576 * (21 * (65 + 15) + 20 * 3)
     assert sorted(len(table.group.members) for table in found) == [20, 21, 22, 42, 62]
     assert Vllm().capacity(spec, Layout(tp=8), machine("h200", 8), K128).prefix_tokens == 256
+
+
+def _v4_layers(spec: ModelSpec) -> list[tuple[str, int, int]]:
+    """(group, tokens of a block, page) of every cache of every layer, from the ratios alone."""
+    pages = {"window": 64 * 584, "entries": 64 * 584, "keys": 64 * 132, "far": 2 * 584, "ring": 32_768, "key ring": 8192}
+    page = {name: -(-size // 576) * 576 for name, size in pages.items()}
+    found = []
+    for ratio in (layer.compress_ratio for kind in spec.order for layer in spec.kinds[kind] if isinstance(layer, CompressedAttention)):
+        found.append(("window", 64, page["window"]))
+        if ratio == 4:
+            found += [("full", 256, page["entries"]), ("full", 256, page["keys"]), ("ring 8", 4, page["ring"]), ("ring 8", 4, page["key ring"])]
+        elif ratio == 128:
+            found += [("full", 256, page["far"]), ("ring 128", 8, page["ring"])]
+    return found
+
+
+@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-V4-Flash", "deepseek-ai/DeepSeek-V4-Pro"])
+@pytest.mark.parametrize("release", ["0.20", "0.22", "0.23", "0.25", "0.26", "0.27", "0.33"])
+@given(tokens=st.integers(1, 2**20), blocks=st.integers(1, 10**6))
+def test_every_release_packs_v4_as_its_source_does(name: str, release: str, tokens: int, blocks: int) -> None:
+    """Layer by layer in plain loops: page sizes, the block, blocks of a request, and the concurrency that is printed."""
+    spec = with_formats(model(name), None, "fp8_ds_v4")
+    minor = int(release.split(".")[1])
+    layers = _v4_layers(spec)
+    full = {page for group, _, page in layers if group == "full"}
+    if minor <= 26:
+        layers = [(group, block, min(size for size in full if size >= page)) for group, block, page in layers]
+    windows = [one for one in layers if one[0] == "window"]
+    least, *others = (max(Counter(page for group, _, page in layers if group == g).values()) for g in ("full", "ring 8", "ring 128"))
+    values = [least, len(windows), *others] if minor <= 28 else [len(windows), *others]
+    least = least if minor <= 28 else others[0]
+    repeats = min(range(least, max(values) + 1), key=lambda n: (sum(-value % n for value in values), -n))
+    parts = -(-len(windows) // repeats)
+    groups_ = {group: [one for one in layers if one[0] == group] for group in ("full", "ring 8", "ring 128")}
+    groups_ |= {f"window {i}": windows[i::parts] for i in range(parts)}
+    sizes = {group: Counter(page for *_, page in part) for group, part in groups_.items()}
+    if minor <= 22:
+        block = sum(full) * max(max(size.values()) for size in sizes.values())
+    elif minor <= 26:
+        block = sum(page * max(size[page] for size in sizes.values()) for page in {page for *_, page in layers})
+    else:
+        block = max(sum(page * times for page, times in size.items()) for size in sizes.values())
+    step = 8192 * (1 if minor <= 25 else 2)
+    width = {"ring 8": 8, "ring 128": 128}
+    needed = {
+        group: math.ceil(tokens / 256) if group == "full" else math.ceil(min(width.get(group, 128) - 1 + step, tokens) / part[0][1]) + 1
+        for group, part in groups_.items()
+    }
+    weight = {group: sum(page for *_, page in part) for group, part in groups_.items()}
+    counted = math.ceil(sum(needed[g] * weight[g] for g in groups_) / weight["full"]) if minor <= 26 else sum(needed.values())
+    held = Vllm(release=release, chunk=8192).capacity(spec, Layout(), machine("h200"), tokens, available_bytes=float(blocks * block))
+    assert held.block_bytes == block
+    assert held.blocks == blocks
+    assert held.blocks_per_sequence == sum(needed.values())
+    assert held.log_lines[1].endswith(f" {blocks / counted:.2f}x")
+    assert held.tokens == int(blocks / counted * tokens)
+
+
+def test_v4s_groups_are_those_that_were_seen_in_a_running_engine() -> None:
+    """https://github.com/vllm-project/vllm/issues/54703, comment of 2026-09-06 (0.28.1): layers and page bytes of the five groups of V4-Flash."""
+    spec = with_formats(model("deepseek-ai/DeepSeek-V4-Flash"), None, "fp8_ds_v4")
+    found = Vllm(release="0.28").tables(spec, Layout(), machine("h200").gpu)
+    seen = {(62, 256): 1_002_240, (22, 64): 823_680, (21, 64): 786_240, (42, 4): 870_912, (20, 8): 656_640}
+    ours = {
+        (len(t.group.members), int(t.block)): sum(t.pages[spec.order[index], slot] for index, slot in t.group.members) for t in found
+    }  # fmt: skip
+    assert ours == seen
+
+
+@pytest.mark.parametrize("release", ["0.34", "1.0", "newest"])
+def test_a_release_that_was_not_read_is_refused(release: str) -> None:
+    with pytest.raises(ValueError, match=r"leave the release out|write it as 0\.22"):
+        Vllm(release=release).rules  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "meta-llama/Meta-Llama-3.1-70B", "Qwen/Qwen3.6-35B-A3B", "deepseek-ai/DeepSeek-V4-Flash"])
+def test_the_newest_release_by_name_counts_as_the_newest(name: str) -> None:
+    newest, named = (Vllm(release=r).capacity(model(name), Layout(tp=8), machine("h200", 8), K128) for r in (None, Vllm().version))
+    assert newest.log_lines == named.log_lines
+    assert (newest.blocks, newest.per_sequence_bytes) == (named.blocks, named.per_sequence_bytes)
 
 
 def test_v4_is_stored_in_its_own_format_whatever_was_asked() -> None:

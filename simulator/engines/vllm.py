@@ -23,7 +23,8 @@ from simulator.dtypes import BF16
 from simulator.engines.allocation import Allocation, refuse
 from simulator.engines.paging import Demand, check_kept
 from simulator.engines.prefill_context import vllm_flag, vllm_refuses, vllm_way
-from simulator.engines.vllm_pages import Group, Table, groups, pool_bytes, prefix_tokens, tables
+from simulator.engines.vllm_pages import Group, Table, groups, pool_bytes, prefix_tokens, tables, weighed_blocks
+from simulator.engines.vllm_releases import Rules, rules_of
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster, Gpu
 from simulator.layers import Attention, LatentAttention, MoE
@@ -48,7 +49,8 @@ class Capacity:
     """What one engine (one data-parallel replica) holds.
 
     `blocks` are pool blocks of `block_bytes` on the tightest GPU; `per_sequence_bytes` what one request of
-    `max_model_len` tokens takes of them per GPU.
+    `max_model_len` tokens takes of them per GPU.  `printed_concurrency` and `printed_tokens` are what an earlier release prints, where it
+    does not count by the blocks of a request.
     """
 
     footprint: Footprint
@@ -60,6 +62,8 @@ class Capacity:
     max_model_len: int
     replicas: Count
     prefix_tokens: int = 1
+    printed_concurrency: Num | None = None
+    printed_tokens: Num | None = None
 
     @property
     def per_sequence_bytes(self) -> Bytes:
@@ -68,7 +72,7 @@ class Capacity:
 
     @property
     def concurrency(self) -> Num:
-        """VLLM's "Maximum concurrency": blocks over blocks per request, of one engine."""
+        """Blocks over blocks per request, of one engine: VLLM's "Maximum concurrency"."""
         return self.blocks / self.blocks_per_sequence
 
     @property
@@ -79,37 +83,44 @@ class Capacity:
     @property
     def tokens(self) -> int:
         """VLLM's "GPU KV cache size" (concurrency x max_model_len, not a rate)."""
-        return int(self.concurrency * self.max_model_len)
+        return int(self._printed * self.max_model_len if self.printed_tokens is None else self.printed_tokens)
+
+    @property
+    def _printed(self) -> Num:
+        return self.concurrency if self.printed_concurrency is None else self.printed_concurrency
 
     def at(self, index: int) -> Capacity:
         """One layout of an array of them."""
 
-        def pick(value: Num) -> Num:
+        def pick(value: Any) -> Any:
             return float(value[index]) if isinstance(value, np.ndarray) else value
 
         held = Footprint(*(pick(getattr(self.footprint, f.name)) for f in fields(Footprint)))
         numbers = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name != "footprint"}
-        return Capacity(footprint=held, **numbers)  # type: ignore[arg-type]
+        return Capacity(footprint=held, **numbers)
 
     @property
     def log_lines(self) -> tuple[str, str]:
         """The two statements vLLM prints when it starts (on one line since 0.28)."""
         return (
             f"GPU KV cache size: {self.tokens:,} tokens",
-            f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.concurrency:.2f}x",
+            f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self._printed:.2f}x",
         )
 
 
 @dataclass(frozen=True)
 class Vllm:
-    """vLLM with its settings; None takes vLLM's own default for the GPU."""
+    """vLLM with its settings; None takes vLLM's own default for the GPU, and the newest release.
+
+    `release` is one whose log is read: how it counts blocks; its other defaults are the newest's.
+    """
 
     memory_fraction: float | None = None
     block_size: int | None = None
     chunk: int | None = None
     max_num_seqs: int | None = None
     prefix_caching: bool = True
-    state_copies: int | None = None
+    release: str | None = None
 
     name = "vllm"
     title = "vLLM"
@@ -117,7 +128,12 @@ class Vllm:
     @property
     def version(self) -> str:
         """The version whose rules these are."""
-        return str(_facts()["version"])
+        return self.release or str(_facts()["version"])
+
+    @property
+    def rules(self) -> Rules:
+        """How the release counts."""
+        return rules_of(_facts(), self.release)
 
     @property
     def fraction(self) -> float:
@@ -201,9 +217,9 @@ class Vllm:
     def tables(self, model: ModelSpec, layout: Layout, gpu: Gpu) -> list[Table]:
         """Every group with its block, its pages and the blocks a request takes of it."""
         check_kept(model)
-        copies = int(_fact("memory", "state_copies" if self.prefix_caching else "state_copies_uncached"))
+        copies = self.rules.state_copies if self.prefix_caching else int(_fact("memory", "state_copies_uncached"))
         return tables(
-            model, layout, block=self.block_tokens(model, gpu), in_flight=self._in_flight(layout, gpu), state_copies=self.state_copies or copies,
+            model, layout, self.rules, block=self.block_tokens(model, gpu), in_flight=self._in_flight(layout, gpu), state_copies=copies,
         )  # fmt: skip
 
     def blocks_per_sequence(self, model: ModelSpec, layout: Layout, gpu: Gpu, tokens: Tokens) -> Count:
@@ -222,20 +238,29 @@ class Vllm:
 
     def _in_flight(self, layout: Layout, gpu: Gpu) -> Tokens:
         """Tokens scheduled but not yet computed: asynchronous scheduling keeps pp + 1 batches."""
-        return (layout.pp + 1.0) * self.step_tokens(gpu)
+        return (layout.pp + 1.0 if self.rules.in_flight == "all" else 1.0) * self.step_tokens(gpu)
 
-    def capacity(self, model: ModelSpec, layout: Layout, cluster: Cluster, max_model_len: int) -> Capacity:
-        """What vLLM has left for the cache, and what it makes of it; for one layout or an array of them."""
+    def capacity(
+        self, model: ModelSpec, layout: Layout, cluster: Cluster, max_model_len: int, *, available_bytes: Bytes | None = None
+    ) -> Capacity:
+        """What vLLM has left for the cache (or `available_bytes`, as its log says), and what it makes of it; for one layout or an array of them."""
         gpu = cluster.gpu
         held = self.footprint(model, layout, cluster)
         usable = float(gpu.usable_bytes) * self.fraction
-        available = usable - held.total
+        available = usable - held.total if available_bytes is None else available_bytes
         found = self.tables(model, layout, gpu)
-        pool = pool_bytes(model, layout, found)
+        pool = pool_bytes(model, layout, found, self.rules)
+        blocks = maximum(floor(available / pool), 0.0)
+        concurrency = tokens = None
+        if self.rules.weighed == "bytes":
+            concurrency = blocks / weighed_blocks(model, found, float(max_model_len))
+        if self.rules.printed == "groups":
+            tokens = floor(blocks / len(found)) * min(float(np.max(table.block)) for table in found) * layout.dcp
         return Capacity(
             footprint=held, usable_bytes=usable, available_bytes=available, block_bytes=pool,
-            blocks=maximum(floor(available / pool), 0.0), blocks_per_sequence=self._blocks(found)(float(max_model_len)),
-            max_model_len=max_model_len, replicas=layout.dp * layout.dp_attention * 1.0, prefix_tokens=prefix_tokens(found, layout.dcp),
+            blocks=blocks, blocks_per_sequence=self._blocks(found)(float(max_model_len)), max_model_len=max_model_len,
+            replicas=layout.dp * layout.dp_attention * 1.0, prefix_tokens=prefix_tokens(found, layout.dcp),
+            printed_concurrency=concurrency, printed_tokens=tokens,
         )  # fmt: skip
 
     def allocation(self, model: ModelSpec, layout: Layout, cluster: Cluster, max_model_len: int) -> Allocation:

@@ -3,7 +3,7 @@
 All groups draw blocks of one size from one pool.  Caches of one demand form one group (their pages add up).  Otherwise
 - pages are made equal: the block of an attention cache grows until its page holds a recurrent state, states are padded to it,
   smaller pages take more tokens or are padded, and layers are dealt to groups of equal number (hybrid KV cache manager);
-- DeepSeek-V4 keeps its unequal pages and packs them: a block is the widest group.
+- DeepSeek-V4 keeps its unequal pages and packs them: a block is the widest group (earlier releases: `vllm_releases`).
 Source: vLLM 0.33.0 v1/core/kv_cache_planning.py, v1/kv_cache_interface.py, platforms/interface.py _align_hybrid_block_size,
 models/deepseek_v4/.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.engines.paging import Demand, Held, by_kind, stage_of, stored_as
+from simulator.engines.vllm_releases import NEWEST, Rules
 from simulator.layers import CompressedAttention, LatentAttention
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
@@ -148,7 +149,7 @@ class Table:
     count: Callable[[Tokens], Count]
 
 
-def tables(model: ModelSpec, layout: Layout, *, block: int, in_flight: Tokens, state_copies: int) -> list[Table]:
+def tables(model: ModelSpec, layout: Layout, rules: Rules, *, block: int, in_flight: Tokens, state_copies: int) -> list[Table]:
     """Every group with its pages, on one layout or an array of them."""
     kinds = by_kind(model, layout)
 
@@ -160,6 +161,7 @@ def tables(model: ModelSpec, layout: Layout, *, block: int, in_flight: Tokens, s
     made: Made
     if _is_v4(model):
         made = [(group, float(_v4_block(first(group))), {k: _v4_page(model, kinds[k[0]][k[1]]) for k in _kinds(model, group)}) for group in found]
+        made = made if rules.v4_block == "group" else _padded(made)
     elif len(found) == 1 and found[0].demand is not Demand.STATE:
         rows = {k: kinds[k[0]][k[1]] for k in _kinds(model, found[0])}
         made = [(found[0], block * 1.0, {k: block / held.every * held.row_bytes for k, held in rows.items()})]
@@ -168,6 +170,21 @@ def tables(model: ModelSpec, layout: Layout, *, block: int, in_flight: Tokens, s
     return [
         Table(group, size, pages, _counter(group, size, first(group), layout, in_flight, state_copies)) for group, size, pages in made
     ]
+
+
+def _padded(made: Made) -> Made:
+    """Every page as large as the next of those that keep all tokens."""
+    sizes = _full_sizes([(group, pages) for group, _, pages in made])
+
+    def padded(page: Bytes) -> Bytes:
+        return min(size for size in sizes if size >= page)
+
+    return [(group, size, {kind: padded(page) for kind, page in pages.items()}) for group, size, pages in made]
+
+
+def _full_sizes(groups_: list[tuple[Group, dict[Kind, Bytes]]]) -> set[float]:
+    """The sizes of the pages of the groups that keep every token."""
+    return {float(page) for group, pages in groups_ if group.demand is Demand.FULL for page in pages.values()}
 
 
 def _kinds(model: ModelSpec, group: Group) -> tuple[Kind, ...]:
@@ -221,24 +238,50 @@ def _counter(group: Group, block: Num, first: Held, layout: Layout, in_flight: T
     return count
 
 
-def pool_bytes(model: ModelSpec, layout: Layout, found: list[Table]) -> Bytes:
+def pool_bytes(model: ModelSpec, layout: Layout, found: list[Table], rules: Rules = NEWEST) -> Bytes:
     """One pool block: the pages of the fullest group on the stage that holds most of it."""
     if not isinstance(layout.pp, np.ndarray):
-        return _widest(model, int(layout.pp), found)
-    sizes = {int(p): _widest(model, int(p), found) for p in np.unique(layout.pp)}
+        return _block_bytes(model, int(layout.pp), found, rules)
+    sizes = {int(p): _block_bytes(model, int(p), found, rules) for p in np.unique(layout.pp)}
     return np.array([float(np.broadcast_to(sizes[int(p)], layout.pp.shape)[i]) for i, p in enumerate(layout.pp)])
 
 
-def _widest(model: ModelSpec, stages: int, found: list[Table]) -> Bytes:
+def _block_bytes(model: ModelSpec, stages: int, found: list[Table], rules: Rules) -> Bytes:
     where_is = stage_of(model, stages)
+    counted = [Counter((where_is[index], model.order[index], slot) for index, slot in table.group.members) for table in found]
+    if _is_v4(model) and rules.v4_block != "group":
+        return max(_earlier_v4(found, counted, stage, rules) for stage in range(stages))
     widest: Bytes = 0.0
-    for table in found:
-        counts = Counter((where_is[index], model.order[index], slot) for index, slot in table.group.members)
+    for table, counts in zip(found, counted, strict=True):
         sums: dict[int, Bytes] = {}
         for (stage, kind, slot), times in counts.items():
             sums[stage] = sums.get(stage, 0.0) + times * table.pages[kind, slot]
         widest = maximum(widest, _largest(list(sums.values())))
     return widest
+
+
+def _earlier_v4(found: list[Table], counted: list[Counter[tuple[int, int, int]]], stage: int, rules: Rules) -> Bytes:
+    """DeepSeek-V4's block until 0.26: page sizes times layers, "tuples" as often for every size, "sizes" each as often as it occurs."""
+    most: Counter[float] = Counter()
+    for table, counts in zip(found, counted, strict=True):
+        here: Counter[float] = Counter()
+        for (at, kind, slot), times in counts.items():
+            if at == stage:
+                here[float(table.pages[kind, slot])] += times
+        most |= here
+    if rules.v4_block == "sizes":
+        return sum(size * times for size, times in most.items())
+    return sum(_full_sizes([(table.group, table.pages) for table in found])) * max(most.values())
+
+
+def weighed_blocks(model: ModelSpec, found: list[Table], tokens: Tokens) -> Count:
+    """Blocks of one request, each group's by its bytes: ceil(sum over groups of blocks x page bytes / page bytes of the group that keeps all)."""
+    sizes = [sum(float(np.max(table.pages[model.order[index], slot])) for index, slot in table.group.members) for table in found]
+    whole = next((size for table, size in zip(found, sizes, strict=True) if table.group.demand is Demand.FULL), sizes[0])
+    total: Count = 0.0
+    for table, size in zip(found, sizes, strict=True):
+        total = total + table.count(tokens) * size
+    return ceil(total / whole)
 
 
 def prefix_tokens(found: list[Table], dcp: Num) -> int:

@@ -13,7 +13,7 @@ from simulator.hf.formats import Formats
 from simulator.hf.keys import MAX_LAYERS, Config, Keys, with_defaults
 from simulator.hf.mixers import READERS, layout, mixer
 from simulator.hf.position import encoding
-from simulator.layers import Embedding, Head, HyperConnection, Layer
+from simulator.layers import CompressedAttention, Embedding, Head, HyperConnection, Layer
 from simulator.layers.layer import is_mixer
 from simulator.model import Block, ModelSpec, Reach
 
@@ -140,11 +140,15 @@ def _head(keys: Keys, formats: Formats) -> Head:
 
 
 def _extra(keys: Keys, blocks: list[Block]) -> tuple[tuple[int, Block], ...]:
-    """Multi-token prediction modules, each like the last block (DeepSeek-V3's and its kin); a joining projection of 2 D x D
-    is not counted.
+    """Multi-token prediction modules, each like the last block (DeepSeek-V3's and its kin) but for its own entry of compress_ratios
+    (DeepSeek-V4's: 0, a window alone); a joining projection of 2 D x D is not counted.
     """
     count = keys.count("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", default=0, least=0)
-    return ((count, blocks[-1]),) if count and blocks else ()
+    if not count or not blocks:
+        return ()
+    ratios = keys.listing("compress_ratios")
+    own = ratios[len(blocks)] if len(ratios) > len(blocks) else None
+    return ((count, tuple(replace(x, compress_ratio=own) if own is not None and isinstance(x, CompressedAttention) else x for x in blocks[-1])),)
 
 
 def _reach(keys: Keys) -> Reach:

@@ -1,4 +1,4 @@
-"""Serving: first token, next token, throughput, and cache sizes of whole models.  Scored only, whatever the error.
+"""Serving: first token, next token and throughput of whole models.  Scored only, whatever the error.
 
 Every engine's host work is taken as vLLM's, the one whose figures are known.
 """
@@ -16,7 +16,8 @@ from simulator.hardware import Cluster
 from simulator.hf import with_formats
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
-from simulator.phases import Decode, Phase, Prefill, System
+from simulator.phases import Decode, Phase, Prefill
+from simulator.published.caches import cache_size
 from simulator.published.kernels import MS
 from simulator.published.table import Asked, Measurement, machine, refuse, spec
 
@@ -180,45 +181,12 @@ def traces(row: Measurement) -> Asked:  # noqa: ARG001 (every row has the same a
 
 
 def cache_sizes(row: Measurement) -> Asked:
-    """Cache sizes: tokens that a stated pool holds (GiB per GPU; "GB" of SGLang's log is GiB), bytes per sequence or token.
-
-    Pool tokens are pool / bytes per token and GPU at 1,000 tokens, without the engine's rounding to pages.
-    """
+    """Logs of caches, which `caches` compares; times to the first token in the same threads."""
+    if row.kind == "kv_capacity":
+        return cache_size(row)
     if row.kind == "prefill_ttft":
         return _phase(spec(row.model), machine(row), Layout(tp=row.number("tp")), Prefill(row.number("context_len")), float(row.value))
-    if row.kind != "kv_capacity":
-        return deployed(row)
-    if not row.unit.startswith("KV-cache tokens"):
-        return _sequence_bytes(row)
-    pool = row.inputs.get("available_kv")
-    found = re.match(r"([\d.]+(?:e\d+)?) (B|GiB)", pool) if pool else None
-    if found is not None:
-        size = float(found[1]) * (1.0 if found[2] == "B" else 2.0**30)
-    elif "K" in row.inputs:
-        size = (row.number("K") + row.number("V")) * 2.0**30
-    else:
-        refuse("the pool's bytes are not stated")
-    model = spec(row.model)
-    layout = Layout(tp=row.number("tp"), dcp=float(row.inputs.get("dcp", 1)))
-    kept = re.search(r"kv (\S+)", row.dtype)
-    stored = with_formats(model, None, kept[1] if kept else None)
-    for refusal in layout.refusals(stored):
-        refuse(f"layout refused: {refusal.split(';')[0]}")
-    tokens = 1000.0
-    held = float(System(stored, layout).footprint(sequences=1.0, context=tokens, step_tokens=1.0).cache)
-    if len(model.mixers) > 1:
-        refuse("a hybrid model's line is concurrency x length, not a rate per token")
-    ours = size * tokens / held
-    return Asked(float(row.value), "tokens", lambda _: Interval(ours, ours, ours, "analytic"))
-
-
-def _sequence_bytes(row: Measurement) -> Asked:
-    """GiB of one sequence's cache at `context_len`."""
-    if not row.unit.startswith("GiB"):
-        refuse(f"{row.unit}: a bound, a rounded figure or no cache of a sequence")
-    name = "deepseek-ai/DeepSeek-V3" if row.source == "flashmla-readme" else row.model
-    ours = float(spec(name).cache_bytes(row.number("context_len")))
-    return Asked(float(row.value) * 2.0**30, "B", lambda _: Interval(ours, ours, ours, "analytic"))
+    return deployed(row)
 
 
 def deployed(row: Measurement) -> Asked:
@@ -234,10 +202,10 @@ SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
     "llmservingsim-examples": traces, "vllm-blog-hpc-ops": deployed, "rtx6kpro-decode": deployed,
     **dict.fromkeys(
         (
-            "alexellis-glm-5-3-flash-pr-1", "flashinfer-pr-3937", "kimi-k3-16xrtx-pro-6000-log", "llmservingsim-meta",
+            "alexellis-glm-5-3-flash-pr-1", "flashinfer-pr-3937", "hf-mem", "kimi-k3-16xrtx-pro-6000-log", "llmservingsim-meta",
             "mimo-v2-6-flash-deployment-log", "noonghunna-club-3090-612", "public-github-log", "qwen2-5-1m-blog", "rtx6kpro-startup",
             "sglang-pr-11309", "vllm-blog-deepseek-v4", "vllm-blog-llama-4", "vllm-issue-10517", "vllm-issue-21348", "vllm-issue-44376",
-            "yhfgyyf-vllm-deepseek-v4-sm89-41",
+            "vllm-issue-51041", "vllm-recipes-pr-115", "yhfgyyf-vllm-deepseek-v4-sm89-41",
         ),
         cache_sizes,
     ),

@@ -89,13 +89,14 @@ class Measurement:
 class Asked:
     """A row as a question to the simulator: the measured value in base units, and who answers it under a calibration.
 
-    `unit` is "s", "B" or "tokens".  `answer` gives our value with its 80 % interval.
+    `unit` is "s", "B" or "tokens".  `answer` gives our value with its 80 % interval.  `explanation` is why an exact one may differ.
     """
 
     measured: float
     unit: str
     answer: Callable[[Calibration], Interval]
     cluster: Cluster | None = None
+    explanation: str = ""
 
 
 @cache
