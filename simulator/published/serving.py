@@ -202,7 +202,7 @@ SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
     "llmservingsim-examples": traces, "vllm-blog-hpc-ops": deployed, "rtx6kpro-decode": deployed,
     **dict.fromkeys(
         (
-            "alexellis-glm-5-3-flash-pr-1", "flashinfer-pr-3937", "hf-mem", "kimi-k3-16xrtx-pro-6000-log", "llmservingsim-meta",
+            "alexellis-glm-5-3-flash-pr-1", "ds4-sm120-harness", "flashinfer-pr-3937", "hf-mem", "kimi-k3-16xrtx-pro-6000-log", "llmservingsim-meta",
             "mimo-v2-6-flash-deployment-log", "noonghunna-club-3090-612", "public-github-log", "qwen2-5-1m-blog", "rtx6kpro-startup",
             "sglang-pr-11309", "vllm-blog-deepseek-v4", "vllm-blog-llama-4", "vllm-issue-10517", "vllm-issue-21348", "vllm-issue-44376",
             "vllm-issue-51041", "vllm-recipes-pr-115", "yhfgyyf-vllm-deepseek-v4-sm89-41",
