@@ -216,6 +216,13 @@ def test_every_release_packs_v4_as_its_source_does(name: str, release: str, toke
     assert held.tokens == int(blocks / counted * tokens)
 
 
+@pytest.mark.parametrize("name", ["moonshotai/Kimi-Linear-48B-A3B-Instruct", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "openai/gpt-oss-20b"])
+@pytest.mark.parametrize("release", ["0.22", "0.26"])
+def test_groups_of_equal_pages_weigh_alike_however_many_layers_they_have(name: str, release: str) -> None:
+    held = Vllm(release=release).capacity(model(name), Layout(), machine("h200"), K128, available_bytes=40.0 * GIB)
+    assert held.log_lines[1].endswith(f" {held.blocks / held.blocks_per_sequence:.2f}x")
+
+
 def test_v4s_groups_are_those_that_were_seen_in_a_running_engine() -> None:
     """https://github.com/vllm-project/vllm/issues/54703, comment of 2026-09-06 (0.28.1): layers and page bytes of the five groups of V4-Flash."""
     spec = with_formats(model("deepseek-ai/DeepSeek-V4-Flash"), None, "fp8_ds_v4")

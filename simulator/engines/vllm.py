@@ -219,7 +219,8 @@ class Vllm:
         check_kept(model)
         copies = self.rules.state_copies if self.prefix_caching else int(_fact("memory", "state_copies_uncached"))
         return tables(
-            model, layout, self.rules, block=self.block_tokens(model, gpu), in_flight=self._in_flight(layout, gpu), state_copies=copies,
+            model, layout, block=self.block_tokens(model, gpu), in_flight=self._in_flight(layout, gpu), state_copies=copies,
+            v4_block=self.rules.v4_block,
         )  # fmt: skip
 
     def blocks_per_sequence(self, model: ModelSpec, layout: Layout, gpu: Gpu, tokens: Tokens) -> Count:
@@ -249,7 +250,7 @@ class Vllm:
         usable = float(gpu.usable_bytes) * self.fraction
         available = usable - held.total if available_bytes is None else available_bytes
         found = self.tables(model, layout, gpu)
-        pool = pool_bytes(model, layout, found, self.rules)
+        pool = pool_bytes(model, layout, found, self.rules.v4_block)
         blocks = maximum(floor(available / pool), 0.0)
         concurrency = tokens = None
         if self.rules.weighed == "bytes":

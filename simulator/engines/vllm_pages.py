@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.engines.paging import Demand, Held, by_kind, stage_of, stored_as
-from simulator.engines.vllm_releases import NEWEST, Rules
 from simulator.layers import CompressedAttention, LatentAttention
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
@@ -149,7 +148,9 @@ class Table:
     count: Callable[[Tokens], Count]
 
 
-def tables(model: ModelSpec, layout: Layout, rules: Rules, *, block: int, in_flight: Tokens, state_copies: int) -> list[Table]:
+def tables(
+    model: ModelSpec, layout: Layout, *, block: int, in_flight: Tokens, state_copies: int, v4_block: str = "group"
+) -> list[Table]:
     """Every group with its pages, on one layout or an array of them."""
     kinds = by_kind(model, layout)
 
@@ -161,7 +162,7 @@ def tables(model: ModelSpec, layout: Layout, rules: Rules, *, block: int, in_fli
     made: Made
     if _is_v4(model):
         made = [(group, float(_v4_block(first(group))), {k: _v4_page(model, kinds[k[0]][k[1]]) for k in _kinds(model, group)}) for group in found]
-        made = made if rules.v4_block == "group" else _padded(made)
+        made = made if v4_block == "group" else _padded(made)
     elif len(found) == 1 and found[0].demand is not Demand.STATE:
         rows = {k: kinds[k[0]][k[1]] for k in _kinds(model, found[0])}
         made = [(found[0], block * 1.0, {k: block / held.every * held.row_bytes for k, held in rows.items()})]
@@ -238,19 +239,21 @@ def _counter(group: Group, block: Num, first: Held, layout: Layout, in_flight: T
     return count
 
 
-def pool_bytes(model: ModelSpec, layout: Layout, found: list[Table], rules: Rules = NEWEST) -> Bytes:
-    """One pool block: the pages of the fullest group on the stage that holds most of it."""
+def pool_bytes(model: ModelSpec, layout: Layout, found: list[Table], v4_block: str = "group") -> Bytes:
+    """One pool block: the pages of the fullest group on the stage that holds most of it; DeepSeek-V4's as the release makes it
+    (`vllm_releases.Rules.v4_block`).
+    """
     if not isinstance(layout.pp, np.ndarray):
-        return _block_bytes(model, int(layout.pp), found, rules)
-    sizes = {int(p): _block_bytes(model, int(p), found, rules) for p in np.unique(layout.pp)}
+        return _block_bytes(model, int(layout.pp), found, v4_block)
+    sizes = {int(p): _block_bytes(model, int(p), found, v4_block) for p in np.unique(layout.pp)}
     return np.array([float(np.broadcast_to(sizes[int(p)], layout.pp.shape)[i]) for i, p in enumerate(layout.pp)])
 
 
-def _block_bytes(model: ModelSpec, stages: int, found: list[Table], rules: Rules) -> Bytes:
+def _block_bytes(model: ModelSpec, stages: int, found: list[Table], v4_block: str) -> Bytes:
     where_is = stage_of(model, stages)
     counted = [Counter((where_is[index], model.order[index], slot) for index, slot in table.group.members) for table in found]
-    if _is_v4(model) and rules.v4_block != "group":
-        return max(_earlier_v4(found, counted, stage, rules) for stage in range(stages))
+    if _is_v4(model) and v4_block != "group":
+        return max(_earlier_v4(found, counted, stage, v4_block) for stage in range(stages))
     widest: Bytes = 0.0
     for table, counts in zip(found, counted, strict=True):
         sums: dict[int, Bytes] = {}
@@ -260,7 +263,7 @@ def _block_bytes(model: ModelSpec, stages: int, found: list[Table], rules: Rules
     return widest
 
 
-def _earlier_v4(found: list[Table], counted: list[Counter[tuple[int, int, int]]], stage: int, rules: Rules) -> Bytes:
+def _earlier_v4(found: list[Table], counted: list[Counter[tuple[int, int, int]]], stage: int, v4_block: str) -> Bytes:
     """DeepSeek-V4's block until 0.26: page sizes times layers, "tuples" as often for every size, "sizes" each as often as it occurs."""
     most: Counter[float] = Counter()
     for table, counts in zip(found, counted, strict=True):
@@ -269,18 +272,21 @@ def _earlier_v4(found: list[Table], counted: list[Counter[tuple[int, int, int]]]
             if at == stage:
                 here[float(table.pages[kind, slot])] += times
         most |= here
-    if rules.v4_block == "sizes":
+    if v4_block == "sizes":
         return sum(size * times for size, times in most.items())
     return sum(_full_sizes([(table.group, table.pages) for table in found])) * max(most.values())
 
 
 def weighed_blocks(model: ModelSpec, found: list[Table], tokens: Tokens) -> Count:
-    """Blocks of one request, each group's by its bytes: ceil(sum over groups of blocks x page bytes / page bytes of the group that keeps all)."""
+    """Blocks of one request, each group's by its bytes: ceil(sum over groups of blocks x page bytes / page bytes of the group that keeps all).
+
+    Where all pages are equal (every model but DeepSeek-V4) a group counts as one page, so this is the sum of the blocks.
+    """
     sizes = [sum(float(np.max(table.pages[model.order[index], slot])) for index, slot in table.group.members) for table in found]
     whole = next((size for table, size in zip(found, sizes, strict=True) if table.group.demand is Demand.FULL), sizes[0])
     total: Count = 0.0
     for table, size in zip(found, sizes, strict=True):
-        total = total + table.count(tokens) * size
+        total = total + table.count(tokens) * (size if _is_v4(model) else whole)
     return ceil(total / whole)
 
 

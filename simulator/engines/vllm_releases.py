@@ -1,7 +1,7 @@
 """What earlier releases of vLLM did otherwise: `[[earlier]]` of data/engines/vllm.toml, each rule read in the last wheel that had it and in the next.
 
-A log is of one release.  The same memory and model print other sizes under another: DeepSeek-V4's block was 1,051,776 bytes until 0.22 and is
-1,002,240 since 0.27, a window held one step in flight until 0.25 and holds all of them since.
+A log is of one release.  The same memory and model print other sizes under another: DeepSeek-V4-Flash's block was 1,051,776 bytes until 0.22
+and is 1,002,240 since 0.27, a window held one step in flight until 0.25 and holds all of them since.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ from typing import Any
 class Rules:
     """What differs between releases; the defaults are the newest's.
 
+    `state_copies`: blocks of a recurrent state of one request, where prefixes are cached.
     `in_flight`: a window is kept beside the tokens of "one" step or of "all" steps that run at once.
     `v4_block`: bytes of DeepSeek-V4's pool block; "tuples": one page of every size, as often as the most layers of one size in any group; "sizes":
     every size as often as the most layers of it in any group; "group": the widest group.  In the first two a page is padded to the next size of
     the groups that keep every token.
     `weighed`: "Maximum concurrency" counts a group's blocks by its "bytes" in those of the first group, or as "blocks".
     `printed`: "GPU KV cache size" is blocks over "groups" times tokens of a block, or maximum concurrency times "length".
-    `state_copies`: blocks of a recurrent state of one request, where prefixes are cached.
     """
 
+    state_copies: int
     in_flight: str = "all"
     v4_block: str = "group"
     weighed: str = "blocks"
     printed: str = "length"
-    state_copies: int = 3
-
-
-NEWEST = Rules()
 
 
 def number(release: str) -> tuple[int, int]:
