@@ -2,106 +2,203 @@
 
 The time is the longest path through the grid of microbatches and stages, one step right (next stage) or down (next
 microbatch) at a time.  It is closed enough for arrays because a path changes stage only at the first or the last microbatch
-of a job of equal ones, and nearly so in one that grows slowly.  Knows neither ops nor GPUs: a stage is its seconds.
+of a run of equal ones, and nearly so in one that grows slowly.  Knows neither ops nor GPUs: a stage is its seconds.
 Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from simulator.units import Count, Num, maximum, minimum, where
 
-#: Chooses the later of two times.
-Choose = Callable[[Any, Any], Any]
 
-
-class Job(NamedTuple):
-    """`number` microbatches in a row: by stage their mean seconds and those of the first and of the last (None: they are equal),
-    and for how many equal stages a stage stands.
+class Run(NamedTuple):
+    """Microbatches in a row: their number, whether that is one or less, and the shares of the way to the middle of the run before
+    and after on which the first and the last lie (None: all are equal).
     """
 
     number: Count
-    means: Sequence[Any]
-    ends: Sequence[tuple[Any, Any]] | None
-    times: Sequence[float]
+    alone: bool
+    back: Num | None = None
+    on: Num | None = None
 
 
-class Passage(NamedTuple):
-    """A job on one stage: seconds of all microbatches up to those at which a path may change stage (the first and the last, or
-    the only one), of each of those alone, and of those before each, negative (None: there are none).
+class Crossing(NamedTuple):
+    """A microbatch at which a path may change stage: its own seconds on a stage, and those of the microbatches since the crossing
+    before (None: there are none).
     """
 
-    upto: list[Any]
-    alone: list[Any]
-    before: list[Any]
+    since: Any
+    own: Any
 
 
-def jobs_of(count: Count, stages: Sequence[Any], times: Sequence[float], *, runs: bool) -> list[Job]:
-    """The jobs of a flow.  With `runs`, the leading axis enumerates them: means are joined by straight lines from the middle of a run
-    to the middle of the next, on which the first and the last of a run between two others lie; the first and the last run
-    are equal microbatches.
+class Line(NamedTuple):
+    """A stage, or the last of `again` + 2 equal ones: those between the first and it are crossed at one microbatch."""
 
-    Exact where all grow alike.  Where they stop growing (a window is full) no line overshoots.
+    stage: int
+    crossed: Sequence[Crossing]
+    again: float
+
+
+def equal(number: Count) -> list[Run]:
+    """Equal microbatches."""
+    alone = number <= 1 if type(number) is float else isinstance(number, np.ndarray) and not np.any(number > 1)
+    return [Run(number, bool(alone))]
+
+
+def growing(count: Count) -> list[Run]:
+    """The runs along the leading axis of `count`, of which the first and the last have one microbatch or none.
+
+    Means are joined by straight lines from the middle of a run to the middle of the next.  Exact where all grow alike.  Where they
+    stop growing (a window is full) no line overshoots.
+
+    >>> growing(np.array([1.0, 9.0, 1.0]))[1]
+    Run(number=9.0, alone=False, back=0.8, on=0.8)
     """
-    if not runs:
-        return [Job(count, stages, None, times)]
-    counts = _by_run(count, count)
-    means = list(zip(*(_by_run(t, count) for t in stages), strict=True))
-    found = [Job(number, mean, None, times) for number, mean in zip(counts, means, strict=True)]
+    first, *between, last = counts = by_run(count, count)
     # steps from one middle to the next, and from a run's middle to its ends
     apart = [1 / maximum(0.5 * (a + b), 0.5) for a, b in itertools.pairwise(counts)]
-    for r in range(1, len(found) - 1):
-        half = 0.5 * (counts[r] - minimum(counts[r], 1.0))
-        back, on = half * apart[r - 1], half * apart[r]
-        neighbours = zip(*means[r - 1 : r + 2], strict=True)
-        found[r] = found[r]._replace(ends=[(mean - (mean - a) * back, mean + (b - mean) * on) for a, mean, b in neighbours])
-    return found
+    found = [Run(first, alone=True)]
+    for number, (before, after) in zip(between, itertools.pairwise(apart), strict=True):
+        half = 0.5 * (number - minimum(number, 1.0))
+        found.append(equal(number)[0]._replace(back=half * before, on=half * after))
+    return [*found, Run(last, alone=True)]
 
 
-def _by_run(value: Any, counts: Any) -> list[Any]:
+def by_run(value: Any, count: Count) -> list[Any]:
     """The value in each run: plain numbers where they are numbers, the same in all where it has no axis for runs."""
-    if np.ndim(value) < np.ndim(counts):
-        return [value] * len(counts)
+    if np.ndim(value) < np.ndim(count):
+        return [value] * len(count)  # type: ignore[arg-type]
     found: list[Any] = value.tolist() if value.ndim == 1 else list(value)
     return found
 
 
-def makespan(jobs: Sequence[Job], rounds: Num = 1.0, later: Choose = maximum) -> Any:
-    """Seconds until the last stage is done with the last microbatch of `rounds` times all `jobs`.
+def crossings(runs: Sequence[Run], means: Sequence[Any]) -> list[Crossing]:
+    """The first and the last microbatch of every run, or its only one, on a stage that takes `means` in the mean of each.
+    Less than one microbatch is one that is so much shorter.
 
-    With C_s(j) the time of stage s for all microbatches of a job up to j and t_s(j) that for j alone, stage s is done with j at
-    V_s(j) = C_s(j) + max(D_s, max over i <= j of V_(s-1)(i) - C_s(i) + t_s(i)), D_s when it is done with the job before.
+    >>> crossings(equal(3.0), [5.0])
+    [Crossing(since=None, own=5.0), Crossing(since=5.0, own=5.0)]
+    """
+    found: list[Crossing] = []
+    for r, (run, mean) in enumerate(zip(runs, means, strict=True)):
+        whole = run.number * mean
+        if run.alone:
+            found.append(Crossing(None, whole))
+            continue
+        one = minimum(run.number, 1.0)
+        first = last = one * mean
+        if run.back is not None and run.on is not None:
+            first, last = one * (mean - (mean - means[r - 1]) * run.back), one * (mean + (means[r + 1] - mean) * run.on)
+        found += [Crossing(None, first), Crossing(whole - first - last, last)]
+    return found
+
+
+def lines(stages: Sequence[Sequence[Crossing]], times: Sequence[float]) -> list[Line]:
+    """The stages, of which each stands for so many equal ones."""
+    found: list[Line] = []
+    for number, (crossed, alike) in enumerate(zip(stages, times, strict=True)):
+        found.append(Line(number, crossed, 0.0))
+        if alike > 1:
+            found.append(Line(number, crossed, alike - 2.0))
+    return found
+
+
+def makespan(stages: Sequence[Line], rounds: Num = 1.0) -> Any:
+    """Seconds until the last stage is done with the last microbatch of `rounds` times all crossed.
+
+    With t_s(k) the own time of crossing k on stage s and c_s(k) that since the crossing before, stage s is done with k at
+    V_s(k) = max(V_s(k-1) + c_s(k), V_(s-1)(k)) + t_s(k), V_s(0) when it is done with the round before.
     Of m equal stages a path crosses the inner m - 1 at its longest microbatch there, all at once.
 
-    i is the first or the last microbatch of a job: exact for equal microbatches and for up to two growing ones; for n that grow
-    linearly never too long, and short by at most g (n - 1)^2 / 8 a stage, g the difference of two stages' growths.
+    Exact for equal microbatches and for up to two growing ones; for n that grow linearly never too long, and short by at most
+    g (n - 1)^2 / 8 a stage, g the difference of two stages' growths.
     For n > 2 rounds every stage repeats the n - 2 between the first and the last on its own: the longest
     max_s (first_s + (n - 2) d_s + last_s), where d_s is a round on stage s alone, first_s the longest path of the first round
     that ends on s, last_s that of the last that begins there.  It is the path of a real schedule, so never too long; paths
     that change stage in three rounds or more are left out, worth less than (S - 1) (M - max d_s) in all with M the time of
     one round, however many the rounds.
-    `later` chooses between two times; one that keeps what it chose traces the path.
 
-    >>> makespan([Job(3.0, [2.0, 5.0], None, [1.0, 1.0])])
+    >>> makespan(lines([crossings(equal(3.0), [t]) for t in (2.0, 5.0)], [1.0, 1.0]))
     17.0
     """
-    passed = [(passages(job), job.times) for job in jobs]
-    never = 0.0 * passed[0][0][0].alone[0]
-    first = _ends(passed, [(never, never)] * len(jobs[0].times), later)
+    first = _passed(stages, [0.0] * len(stages))
     if np.ndim(rounds) == 0 and rounds == 1:
-        return first[-1][1]
+        return first[-1][-1]
+    last = _passed(stages, _waiting(stages, first, rounds))
+    return where(rounds > 1, last[-1][-1], first[-1][-1])
+
+
+def _passed(stages: Sequence[Line], busy: Sequence[Any]) -> list[list[Any]]:
+    """When each stage, busy until then, is done with each crossing of a round."""
+    found: list[list[Any]] = []
+    for line, done in zip(stages, busy, strict=True):
+        found.append(_through(line, found[-1] if found else None, done))
+    return found
+
+
+def _through(line: Line, reached: Sequence[Any] | None, busy: Any) -> list[Any]:
+    """When a stage is done with each crossing that the stage before did at `reached`."""
+    found = []
+    for k, (since, own) in enumerate(line.crossed):
+        if since is not None:
+            busy = busy + since
+        if reached is not None:
+            busy = maximum(busy, reached[k] + line.again * own if line.again else reached[k])
+        busy = busy + own
+        found.append(busy)
+    return found
+
+
+def _waiting(stages: Sequence[Line], first: Sequence[Sequence[Any]], rounds: Num) -> list[Any]:
+    """When each stage is done with the last round but one, of which those after the first pass it on its own."""
     between = maximum(rounds - 2, 0.0)
-    alone = [between * sum(stages[s].upto[-1] for stages, _ in passed) for s in range(len(first))]
-    last = _ends(passed, [(a + d, b + d) for (a, b), d in zip(first, alone, strict=True)], later)
-    return where(rounds > 1, last[-1][1], first[-1][1])
+    alone = {line.stage: between * sum(own if since is None else since + own for since, own in line.crossed) for line in stages}
+    return [done[-1] + alone[line.stage] for line, done in zip(stages, first, strict=True)]
 
 
-def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Choose = maximum) -> Any:
+#: Of paths that are equally long but for rounding, the one that stays on its stage is told.
+_LONGER = 1 + 1e-12
+
+
+def longest(stages: Sequence[Line], shares: Sequence[Crossing], rounds: float) -> npt.NDArray[np.float64]:
+    """How often the longest path of plain numbers passes each run on each stage: that of `makespan`, from its end back to its beginning.
+
+    `shares` are the crossings of a stage on which each run takes a vector of its own.
+    """
+    starts = [[0.0] * len(stages)]
+    done = [_passed(stages, starts[0])]
+    if rounds > 1:
+        starts.append(_waiting(stages, done[0], rounds))
+        done.append(_passed(stages, starts[1]))
+    passes = np.zeros((stages[-1].stage + 1, len(shares[0].own)))
+    at = len(stages) - 1
+    for reached, busy in zip(done[::-1], starts[::-1], strict=True):
+        k = len(shares) - 1
+        while k >= 0:
+            stage, crossed, again = stages[at]
+            since, own = crossed[k]
+            stayed = (reached[at][k - 1] if k else busy[at]) + (since or 0.0)
+            passes[stage] += shares[k].own
+            if at and reached[at - 1][k] + again * own > stayed * _LONGER:
+                passes[stage] += again * shares[k].own
+                at -= 1
+                continue
+            if since is not None:
+                passes[stage] += shares[k].since
+            k -= 1
+        if busy is not starts[0]:
+            passes[stages[at].stage] += max(rounds - 2, 0.0) * sum(own if since is None else since + own for since, own in shares)
+    return passes
+
+
+def turn(count: Count, stages: Sequence[Any], times: Sequence[float]) -> Any:
     """Seconds of one round of m microbatches that go round without end: max(sum(t_s), m max(t_s)).
 
     >>> turn(2.0, [3.0, 4.0], [1.0, 1.0]), turn(1.0, [3.0, 4.0], [1.0, 1.0])
@@ -109,48 +206,17 @@ def turn(count: Count, stages: Sequence[Any], times: Sequence[float], later: Cho
     """
     every, busiest = times[0] * stages[0], stages[0]
     for n, seconds in zip(times[1:], stages[1:], strict=True):
-        every, busiest = every + n * seconds, later(busiest, seconds)
-    return later(every, count * busiest)
+        every, busiest = every + n * seconds, maximum(busiest, seconds)
+    return maximum(every, count * busiest)
 
 
-def passages(job: Job) -> list[Passage]:
-    """The job on every stage.
+def turns(count: Count, stages: Sequence[Any], times: Sequence[float]) -> Sequence[Any]:
+    """How often that of plain numbers passes each stage: every one once, or the busiest for all.
 
-    Less than one microbatch is one that is so much shorter.  Up to the first it is the first alone.
+    >>> turns(2.0, [3.0, 4.0], [1.0, 1.0]), turns(1.0, [3.0, 4.0], [1.0, 1.0])
+    ([0.0, 2.0], [1.0, 1.0])
     """
-    n, one = job.number, minimum(job.number, 1.0)
-    if n <= 1 if type(n) is float else isinstance(n, np.ndarray) and not np.any(n > 1):
-        return [Passage([n * mean], [n * mean], [None]) for mean in job.means]
-    ends = [(mean, mean) for mean in job.means] if job.ends is None else job.ends
-    alone = [[one * first, one * last] for first, last in ends]
-    every = [n * mean for mean in job.means]
-    return [Passage([first, whole], [first, last], [None, last - whole]) for (first, last), whole in zip(alone, every, strict=True)]
-
-
-def _ends(
-    jobs: Sequence[tuple[Sequence[Passage], Sequence[float]]], done: list[tuple[Any, Any]], later: Choose
-) -> list[tuple[Any, Any]]:
-    """When each stage, the first and the last of its equals, is done with all jobs, having been busy until `done`."""
-    for stages, times in jobs:
-        ended: list[tuple[Any, Any]] = []
-        reached: list[Any] = []
-        for stage, equal, (before, after) in zip(stages, times, done, strict=True):
-            reached = _through(stage, reached, before, 1.0, later) if reached else [before + total for total in stage.upto]
-            first = reached[-1]
-            if equal > 1:
-                reached = _through(stage, reached, after, equal - 1, later)
-            ended.append((first, reached[-1]))
-        done = ended
-    return done
-
-
-def _through(stage: Passage, reached: Sequence[Any], busy: Any, times: float, later: Choose) -> list[Any]:
-    """When the last of `times` equal stages, busy until `busy`, is done with each crossing that the stage before did at
-    `reached`.
-    """
-    found = []
-    for at, total, one, before in zip(reached, *stage, strict=True):
-        ready = at if before is None else at + before
-        busy = later(busy, ready if times == 1 else ready + (times - 1) * one)
-        found.append(busy + total)
-    return found
+    busiest = int(np.argmax(stages))
+    if sum(n * seconds for n, seconds in zip(times, stages, strict=True)) >= count * stages[busiest]:
+        return times
+    return [count if number == busiest else 0.0 for number in range(len(stages))]

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from simulator.schedule import jobs_of, makespan, turn
+from simulator.schedule import Crossing, Line, Run, by_run, crossings, equal, growing, lines, longest, makespan, turn, turns
 from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, total, where
 
 RESOURCES = ("tensor", "vector", "special", "hbm", "link", "host")
@@ -192,6 +193,11 @@ class Flow:
     runs: bool = False
     steady: bool = False
     times: Sequence[float] | None = None
+    alike: Sequence[Run] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Work out the runs once for all stages and folds."""
+        self.alike = growing(self.count) if self.runs else equal(self.count)
 
 
 @dataclass(slots=True, eq=False)
@@ -246,35 +252,44 @@ Known = dict[int, tuple["Later", Any]]
 
 def fold(work: Work, algebra: Algebra, known: Known | None = None) -> Any:
     """Evaluate `work` under `algebra`.  Folds of trees with parts in common may share what is `known` under one algebra."""
-    known = {} if known is None else known
+    return _Fold(algebra, {} if known is None else known).value(work)
 
-    leaf, serial = algebra.leaf, algebra.serial
 
-    def value(node: Work) -> Any:
+class _Fold:
+    """An evaluation under way."""
+
+    __slots__ = ("algebra", "known", "leaf", "serial")
+
+    def __init__(self, algebra: Algebra, known: Known) -> None:
+        self.algebra, self.known = algebra, known
+        self.leaf, self.serial = algebra.leaf, algebra.serial
+
+    def value(self, node: Work) -> Any:
+        """What a part is worth."""
         if isinstance(node, (Op, Message)):
-            return leaf(node)
+            return self.leaf(node)
         if isinstance(node, Serial):
-            return serial([value(part) for part in node.parts])
+            return self.serial([self.value(part) for part in node.parts])
         if isinstance(node, Repeat):
-            return algebra.repeat(node.count, value(node.work), runs=node.runs)
+            if type(node.count) is float and node.count == 1.0:
+                return self.value(node.work)
+            return self.algebra.repeat(node.count, self.value(node.work), runs=node.runs)
         if isinstance(node, Later):
-            if id(node) not in known:
-                known[id(node)] = (node, value(node.make()))
-            return known[id(node)][1]
+            if id(node) not in self.known:
+                self.known[id(node)] = (node, self.value(node.make()))
+            return self.known[id(node)][1]
         if isinstance(node, Overlap):
-            return algebra.overlap(node.parts, [value(part) for part in node.parts])
+            return self.algebra.overlap(node.parts, [self.value(part) for part in node.parts])
         if isinstance(node, Select):
             if isinstance(node.mask, (bool, np.bool_)):
-                return value(node.a if node.mask else node.b)
-            return algebra.select(node.mask, value(node.a), value(node.b))
-        return algebra.pipeline(node, [staged(flow.stages) for flow in node.flows])
+                return self.value(node.a if node.mask else node.b)
+            return self.algebra.select(node.mask, self.value(node.a), self.value(node.b))
+        return self.algebra.pipeline(node, [self.staged(flow.stages) for flow in node.flows])
 
-    def staged(stages: Sequence[Work]) -> list[Any]:
+    def staged(self, stages: Sequence[Work]) -> list[Any]:
         """Stages that are one node are evaluated once."""
-        found = {key: value(stage) for key, stage in {id(stage): stage for stage in stages}.items()}
+        found = {key: self.value(stage) for key, stage in {id(stage): stage for stage in stages}.items()}
         return [found[id(stage)] for stage in stages]
-
-    return value(work)
 
 
 class Together:
@@ -403,14 +418,29 @@ class SecondsSerial(Quantity):
         return seconds
 
 
-def _scheduled(pipe: Pipeline, values: Sequence[Sequence[Any]], later: Callable[[Any, Any], Any] = maximum) -> Any:
+def _scheduled(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> Any:
     """The time of a pipeline under the seconds of its stages."""
-    flows = [(flow, stages, flow.times or [1.0] * len(stages)) for flow, stages in zip(pipe.flows, values, strict=True)]
-    flow, stages, times = flows[0]
+    flow = pipe.flows[0]
     if flow.steady:
-        return _scaled(pipe.rounds, turn(flow.count, stages, times, later))
-    jobs = [job for flow, stages, times in flows for job in jobs_of(flow.count, stages, times, runs=flow.runs)]
-    return makespan(jobs, pipe.rounds, later)
+        return _scaled(pipe.rounds, turn(flow.count, values[0], _times(flow)))
+    return makespan(_lines(pipe, values), pipe.rounds)
+
+
+def _times(flow: Flow) -> Sequence[float]:
+    return flow.times or [1.0] * len(flow.stages)
+
+
+def _lines(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> list[Line]:
+    """The stages with what they take of all flows."""
+    stages = [
+        [crossing for flow, each in zip(pipe.flows, values, strict=True) for crossing in _crossed(flow, each[s])] for s in range(len(values[0]))
+    ]
+    return lines(stages, _times(pipe.flows[0]))
+
+
+def _crossed(flow: Flow, seconds: Any) -> list[Crossing]:
+    """The crossings of a flow on one stage."""
+    return crossings(flow.alike, by_run(seconds, flow.count) if flow.runs else [seconds])
 
 
 class SecondsOverlapped(SecondsSerial):
@@ -428,12 +458,19 @@ class SecondsOverlapped(SecondsSerial):
     def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:
         """max(longest part, for each resource the sum of its demand)."""
         longest = _largest(values)
-        demands = [self.demands.of(part) for part in parts]
+        # the host shares nothing with its GPU
+        sharing = [part for part in parts if not _on_host(part)]
+        demands = [self.demands.of(part) for part in sharing] if len(sharing) > 1 else []
         for resource in RESOURCES:
             shared = [d[resource] for d in demands if resource in d]
             if len(shared) > 1:
                 longest = maximum(longest, _sum(shared))
         return longest
+
+
+def _on_host(work: Work) -> bool:
+    """Whether it is a step of the host."""
+    return _on_host(work.work) if isinstance(work, Repeat) else isinstance(work, Op) and work.kernel == "host"
 
 
 class Demands:
@@ -545,13 +582,68 @@ def peak_bytes(work: Work, *, keeps_saved: bool = False) -> Bytes:
     return peak
 
 
-class Passed(NamedTuple):
-    """How often each op runs on the critical path, and beside it (in overlaps, where another part takes longer); over the runs
-    of a flow, vectors.
+@dataclass(eq=False)
+class Passed:
+    """The critical path of a part: its seconds (over the runs of a flow, a vector), and what it passes: an op, or other parts so many times.
+    `waiting` parts are beside it (in overlaps, where another takes longer).
     """
 
-    longest: dict[Leaf, Num]
-    beside: dict[Leaf, Num]
+    seconds: Num
+    parts: Sequence[Passed] = ()
+    times: Num = 1.0
+    waiting: Sequence[Passed] = ()
+    op: Leaf | None = None
+
+    @property
+    def longest(self) -> dict[Leaf, Num]:
+        """How often each op runs on the critical path; over the runs of a flow, vectors."""
+        return self._counted[0]
+
+    @property
+    def beside(self) -> dict[Leaf, Num]:
+        """How often each op runs beside it."""
+        return self._counted[1]
+
+    @cached_property
+    def _counted(self) -> tuple[dict[Leaf, Num], dict[Leaf, Num]]:
+        """From the whole down to the ops, every part once, however many others it is part of."""
+        order: dict[Passed, None] = {}
+        self.enlist(order)
+        on: dict[Any, Num] = {self: 1.0}
+        off: dict[Any, Num] = {}
+        for path in reversed(order):
+            if path in on:
+                count = on[path] * path.times
+                _add(on, path.parts, count)
+                _add(off, path.waiting, count)
+            if path in off:
+                count = off[path] * path.times
+                _add(off, path.parts, count)
+                _add(off, path.waiting, count)
+        longest: dict[Leaf, Num] = {}
+        beside: dict[Leaf, Num] = {}
+        for path in order:
+            if path.op is not None:
+                for found, counts in ((longest, on), (beside, off)):
+                    if path in counts:
+                        _add(found, (path.op,), counts[path])
+        return longest, beside
+
+    def enlist(self, order: dict[Passed, None]) -> None:
+        """Name all it is made of, parts before the whole."""
+        for part in self.parts:
+            if part not in order:
+                part.enlist(order)
+        for part in self.waiting:
+            if part not in order:
+                part.enlist(order)
+        order[self] = None
+
+
+def _add(counts: dict[Any, Num], keys: Sequence[Any], count: Num) -> None:
+    """Count each so many times more."""
+    for key in keys:
+        counts[key] = counts[key] + count if key in counts else count
 
 
 class Passes:
@@ -562,20 +654,20 @@ class Passes:
 
     def leaf(self, op: Leaf) -> Passed:
         """Once."""
-        return Passed({op: 1.0}, {})
+        return Passed(self.leaf_seconds(op), op=op)
 
     def serial(self, values: list[Passed]) -> Passed:
-        """Sum by op."""
-        return Passed(_added([value.longest for value in values]), _added([value.beside for value in values if value.beside]))
+        """All of them."""
+        return Passed(_sum([value.seconds for value in values]), values)
 
     def overlap(self, parts: Sequence[Work], values: list[Passed]) -> Passed:  # noqa: ARG002
         """The part that takes longest, and the others beside it."""
-        longest = max(values, key=lambda value: total(self.seconds(value)))
-        return Passed(longest.longest, _added([longest.beside, *(part for value in values if value is not longest for part in value)]))
+        longest = max(values, key=lambda value: total(value.seconds))
+        return Passed(longest.seconds, [longest], waiting=[value for value in values if value is not longest])
 
-    def repeat(self, count: Num, value: Passed, *, runs: bool) -> Passed:  # noqa: ARG002 (runs stay a vector)
+    def repeat(self, count: Num, value: Passed, *, runs: bool) -> Passed:
         """Times count."""
-        return Passed(*({op: count * passes for op, passes in part.items()} for part in value))
+        return Passed(_repeated(count, value.seconds, runs=runs), [value], count)
 
     def select(self, mask: Any, a: Passed, b: Passed) -> Passed:
         """Weighted by the share of runs on which each branch is taken."""
@@ -583,50 +675,27 @@ class Passes:
         return self.serial([self.repeat(share, a, runs=False), self.repeat(1 - share, b, runs=False)])
 
     def pipeline(self, pipe: Pipeline, values: list[list[Passed]]) -> Passed:
-        """Every stage as often as the longest path passes it."""
-        return self.serial(_critical(pipe, values, self.repeat, self.seconds))
-
-    def seconds(self, value: Passed) -> Num:
-        """What the passes take, run by run."""
-        return _sum([passes * self.leaf_seconds(op) for op, passes in value.longest.items()])
-
-
-def _added(parts: Sequence[Mapping[Leaf, Num]]) -> dict[Leaf, Num]:
-    """Sum by op, in order of first appearance."""
-    passes: dict[Leaf, Num] = {}
-    for part in parts:
-        for op, count in part.items():
-            passes[op] = passes[op] + count if op in passes else count
-    return passes
+        """Every stage as often as the longest path passes it, in each run, for one question."""
+        counts = _passes(pipe, [[value.seconds for value in stages] for stages in values])
+        return self.serial([
+            self.repeat(count if flow.runs else float(count[0]), value, runs=flow.runs)
+            for flow, stages, by_stage in zip(pipe.flows, values, counts, strict=True)
+            for value, count in zip(stages, by_stage, strict=True)
+            if np.any(count)
+        ])
 
 
-def _critical(
-    pipe: Pipeline, values: Sequence[Sequence[Any]], repeat: Callable[..., Any], seconds: Callable[[Any], Num]
-) -> list[Any]:
-    """The parts of a pipeline's time, for one question: its schedule with, in place of seconds, vectors that carry behind the
-    seconds how often the longest path passes each run on each stage.
-    """
-    runs = [len(np.asarray(flow.count)) if flow.runs else 1 for flow in pipe.flows for _ in flow.stages]
-    cells = np.eye(1 + sum(runs))
-    ends = np.cumsum(runs) + 1
-    spans = iter([slice(end - n, end) for n, end in zip(runs, ends, strict=True)])
-    told: list[list[Any]] = []
-    places: list[tuple[Flow, Any, slice]] = []
-    for flow, stages in zip(pipe.flows, values, strict=True):
-        told.append([])
-        for stage in stages:
-            span = next(spans)
-            cells[span, 0] = seconds(stage)
-            told[-1].append(cells[span] if flow.runs else cells[span.start])
-            places.append((flow, stage, span))
-
-    path = _scheduled(replace(pipe, rounds=float(np.max(pipe.rounds))), told, lambda x, y: x if x[0] >= y[0] else y)
-    # stages that are one node share a value, which is counted once
-    often: dict[tuple[int, int], tuple[Flow, Any, Any]] = {}
-    for flow, stage, span in places:
-        key, count = (id(flow), id(stage)), path[span] if flow.runs else float(path[span.start])
-        often[key] = (flow, stage, often[key][2] + count if key in often else count)
-    return [repeat(count, stage, runs=flow.runs) for flow, stage, count in often.values() if np.any(count)]
+def _passes(pipe: Pipeline, seconds: Sequence[Sequence[Num]]) -> list[Any]:
+    """By flow and stage, how often the longest path of a pipeline passes each run."""
+    rounds, (flow, *_) = float(np.max(pipe.rounds)), pipe.flows
+    if flow.steady:
+        return [rounds * np.array(turns(flow.count, seconds[0], _times(flow)))[:, None]]
+    ends = np.cumsum([len(flow.alike) for flow in pipe.flows])
+    spans = [slice(end - len(flow.alike), end) for end, flow in zip(ends, pipe.flows, strict=True)]
+    each = np.eye(ends[-1])
+    shares = [crossing for flow, span in zip(pipe.flows, spans, strict=True) for crossing in crossings(flow.alike, list(each[span]))]
+    found = longest(_lines(pipe, seconds), shares, rounds)
+    return [found[:, span] for span in spans]
 
 
 @dataclass(slots=True, eq=False)
@@ -640,7 +709,10 @@ class Row:
 
 def rows(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> list[Row]:
     """The passes of the critical path and beside it as lines."""
-    return [Row(_mean(op, count), total(count), total(count * leaf_seconds(op))) for op, count in _added(passes).items()]
+    found = dict(passes.longest)
+    for op, count in passes.beside.items():
+        _add(found, (op,), count)
+    return [Row(_mean(op, count), total(count), total(count * leaf_seconds(op))) for op, count in found.items()]
 
 
 def by_kernel(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> dict[tuple[str, str, str], float]:
