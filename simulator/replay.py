@@ -19,16 +19,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from simulator import units
-
 #: What numpy is asked of numbers, as a function of two: what needs one ignores the other.
 _PLAIN: dict[Any, Callable[[Any, Any], Any]] = {
     np.add: operator.add, np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv, np.power: operator.pow,
     np.greater: operator.gt, np.greater_equal: operator.ge, np.less: operator.lt, np.less_equal: operator.le, np.equal: operator.eq,
     np.not_equal: operator.ne, np.bitwise_or: operator.or_, np.bitwise_and: operator.and_, np.minimum: min, np.maximum: max,
-    np.negative: lambda x, _: -x, np.ceil: lambda x, _: units.ceil(x), np.floor: lambda x, _: units.floor(x),
+    np.negative: lambda x, _: -x, np.ceil: lambda x, _: float(math.ceil(x)), np.floor: lambda x, _: float(math.floor(x)),
     np.sqrt: lambda x, _: math.sqrt(x), np.log2: lambda x, _: math.log2(x),
 }  # fmt: skip
+
+#: What these do to a number on their left changes nothing.
+_NEUTRAL = {(operator.add, 0.0), (operator.sub, 0.0), (operator.mul, 1.0), (operator.truediv, 1.0)}
+#: Those whose sides may change places.
+_EITHER = {operator.add, operator.mul}
 
 
 class Unrecordable(TypeError):  # noqa: N818 (a state of the recording, not of the program)
@@ -91,7 +94,7 @@ class Recorder:
 
     def _place(self, x: Any) -> int:
         """Of a traced number its own, of another that of a constant."""
-        if isinstance(x, Traced):
+        if type(x) is Traced:
             return x.place
         x = x.item() if isinstance(x, np.generic) else x
         if not isinstance(x, (bool, int, float)):
@@ -104,6 +107,10 @@ class Recorder:
 
     def note(self, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Traced:
         """The result of an operation."""
+        if type(left) is not Traced and function in _EITHER:
+            left, right = right, left
+        if type(right) in (float, int) and (function, right) in _NEUTRAL and type(left) is Traced:
+            return left
         key = step = (function, self._place(left), self._place(right))
         if key not in self._known:
             self._known[key] = self._add(step, function(self._values[step[1]], self._values[step[2]]))
@@ -112,6 +119,10 @@ class Recorder:
     def holds(self, traced: Traced) -> bool:
         """The truth of a number, which from here on is taken for granted."""
         return self._conditions.setdefault(traced.place, bool(traced.value))
+
+    def decided(self, traced: Traced) -> bool | None:
+        """The truth of a number that is taken for granted already."""
+        return self._conditions.get(traced.place)
 
     def recording(self, answer: Sequence[Any]) -> Recording:
         """The conditions and what `answer` needs, in as few steps."""
@@ -149,25 +160,41 @@ def _pair(x: Any, y: Any) -> tuple[Any, Any]:
     return x, y
 
 
+def _or_nothing(x: Any, condition: Any) -> Any:
+    return x if condition else 0.0
+
+
+def _many(x: Any) -> bool:
+    """Whether it is a row of numbers."""
+    return isinstance(x, (_Row, list)) or (isinstance(x, np.ndarray) and x.ndim > 0)
+
+
 def _applied(function: Any, given: Sequence[Any]) -> Any:
     """A function of numpy's, of numbers or of rows of them."""
-    lengths = {len(x) for x in given if isinstance(x, (_Row, list)) or (isinstance(x, np.ndarray) and x.ndim)}
+    lengths = {len(x) for x in given if type(x) is not Traced and type(x) is not float and _many(x)}
     if lengths:
         (length,) = lengths
-        return _Row([_applied(function, [x[i] if np.ndim(x) else x for x in given]) for i in range(length)])
-    traced = next((x for x in given if isinstance(x, Traced)), None)
+        return _Row([_applied(function, each) for each in zip(*(x if _many(x) else [x] * length for x in given), strict=True)])
     if function is np.where:
-        condition, x, y = given
-        if not isinstance(condition, Traced):
-            return x if condition else y
-        # a truth is the number 0 or 1
-        recorder = condition.recorder
-        return recorder.note(operator.getitem, recorder.note(_pair, y, x), condition)
+        return _chosen(*given)
     if function not in _PLAIN:
         message = f"{function}: not known to recordings"
         raise Unrecordable(message)
     left, right = given if len(given) == 2 else (*given, 0.0)  # noqa: PLR2004 (functions of one or two numbers)
-    return _PLAIN[function](left, right) if traced is None else traced.recorder.note(_PLAIN[function], left, right)
+    traced = left if type(left) is Traced else right
+    return traced.recorder.note(_PLAIN[function], left, right) if type(traced) is Traced else _PLAIN[function](left, right)
+
+
+def _chosen(condition: Any, x: Any, y: Any) -> Any:
+    """One of two numbers."""
+    known = condition.recorder.decided(condition) if isinstance(condition, Traced) else bool(condition)
+    if known is not None:
+        return x if known else y
+    recorder = condition.recorder
+    if type(y) is float and y == 0.0:
+        return recorder.note(_or_nothing, x, condition)
+    # a truth is the number 0 or 1
+    return recorder.note(operator.getitem, recorder.note(_pair, y, x), condition)
 
 
 def _reduced(function: Any) -> Callable[..., Any]:
@@ -280,8 +307,8 @@ class _Row(_Number):
         return iter(self.numbers)
 
 
-#: Questions folded before one is recorded: a recording takes as long as about twenty folds.
-OFTEN = 20
+#: Questions folded before one is recorded: a recording takes as long as about ten folds.
+OFTEN = 10
 #: Recordings kept of a question, one for every way its decisions went; what meets none of them is folded.
 _MOST = 8
 
@@ -315,7 +342,7 @@ class Often:
 def record(question: Callable[..., Sequence[Any]], numbers: Sequence[float]) -> Recording | None:
     """`question` of as many numbers, recorded on these; None where it cannot be, or not on these.
 
-    >>> mean = record(lambda a, b: [units.minimum(a, b) / 2 if a > 0 else a], [3.0, 4.0])
+    >>> mean = record(lambda a, b: [np.minimum(a, b) / 2 if a > 0 else a], [3.0, 4.0])
     >>> mean(8.0, 6.0), mean(-1.0, 6.0)
     ((3.0,), None)
     """

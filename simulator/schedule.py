@@ -9,7 +9,7 @@ Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,7 +129,7 @@ def makespan(stages: Sequence[Line], rounds: Num = 1.0) -> Any:
     17.0
     """
     first = _passed(stages, [0.0] * len(stages))
-    if np.ndim(rounds) == 0 and rounds == 1:
+    if type(rounds) is float and rounds == 1.0:
         return first[-1][-1]
     last = _passed(stages, _waiting(stages, first, rounds))
     return where(rounds > 1, last[-1][-1], first[-1][-1])
@@ -137,20 +137,22 @@ def makespan(stages: Sequence[Line], rounds: Num = 1.0) -> Any:
 
 def _passed(stages: Sequence[Line], busy: Sequence[Any]) -> list[list[Any]]:
     """When each stage, busy until then, is done with each crossing of a round."""
+    plain = all(type(x) is float for x in busy) and all(type(own) is float for line in stages for _, own in line.crossed)
+    later = max if plain else maximum
     found: list[list[Any]] = []
     for line, done in zip(stages, busy, strict=True):
-        found.append(_through(line, found[-1] if found else None, done))
+        found.append(_through(line, found[-1] if found else None, done, later))
     return found
 
 
-def _through(line: Line, reached: Sequence[Any] | None, busy: Any) -> list[Any]:
+def _through(line: Line, reached: Sequence[Any] | None, busy: Any, later: Callable[[Any, Any], Any]) -> list[Any]:
     """When a stage is done with each crossing that the stage before did at `reached`."""
     found = []
     for k, (since, own) in enumerate(line.crossed):
         if since is not None:
             busy = busy + since
         if reached is not None:
-            busy = maximum(busy, reached[k] + line.again * own if line.again else reached[k])
+            busy = later(busy, reached[k] + line.again * own if line.again else reached[k])
         busy = busy + own
         found.append(busy)
     return found

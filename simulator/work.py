@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -725,18 +726,25 @@ def by_kernel(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> dict[t
 
 def _mean(op: Leaf, count: Num) -> Leaf:
     """The op with each quantity replaced by its mean over the passes of each run."""
-    steps = total(count)
-    if type(count) is float or not steps:
+    if type(count) is float:
+        return op
+    shape = op.shape if isinstance(op, Op) else {}
+    numbers = _AMOUNTS[type(op)](op)
+    if not any(isinstance(value, np.ndarray) for value in (*numbers, *shape.values())) or not (steps := total(count)):
         return op
 
     def mean(value: Any) -> Any:
         return total(count * value) / steps if isinstance(value, np.ndarray) and value.ndim else value
 
-    changes = {name: mean(value) for name in op.__slots__ if isinstance(value := getattr(op, name), np.ndarray)}
+    changes: dict[str, Any] = dict(zip(_NUMBERS[type(op)], map(mean, numbers), strict=True))
     if isinstance(op, Op):
-        if not changes and not any(isinstance(value, np.ndarray) for value in op.shape.values()):
-            return op
-        changes["shape"] = {key: mean(value) for key, value in op.shape.items()}
-        aside = Aside(*(mean(value) for value in op.aside()))
-        changes["aside"] = lambda: aside
+        changes |= {"shape": {key: mean(value) for key, value in shape.items()}, "aside": cache(lambda: Aside(*map(mean, op.aside())))}
     return replace(op, **changes)
+
+
+#: What may differ from run to run.
+_NUMBERS = {
+    Op: ("tensor_flops", "exponentials", "model_flops", "hbm_bytes", "wire_bytes", "launches"),
+    Message: ("payload_bytes", "wire_bytes"),
+}  # fmt: skip
+_AMOUNTS = {kind: attrgetter(*names) for kind, names in _NUMBERS.items()}
