@@ -110,7 +110,8 @@ class System:
             """Equal layers of different blocks are one node: a fold evaluates them once."""
             return Serial([shared.setdefault(layer, Later(keep(partial(self._layer, layer, segments, direction)))) for layer in layers])
 
-        blocks = [later(*block) for block in self.model.kinds]
+        # blocks of several stages are evaluated once, too
+        blocks = [Later(cache(partial(later, *block))) for block in self.model.kinds]
         tokens = self.layout.shard(self.model.embedding, segments).tokens
         embedding, head = later(self.model.embedding), later(self.model.head)
         # hyper-connections hand their streams over, in the place of the residual and the block output

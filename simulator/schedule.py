@@ -29,13 +29,9 @@ class Run(NamedTuple):
     on: Num | None = None
 
 
-class Crossing(NamedTuple):
-    """A microbatch at which a path may change stage: its own seconds on a stage, and those of the microbatches since the crossing
-    before (None: there are none).
-    """
-
-    since: Any
-    own: Any
+#: A microbatch at which a path may change stage: on a stage, the seconds of those since the crossing before (None: there are none)
+#: and its own.
+Crossing = tuple[Any, Any]
 
 
 class Line(NamedTuple):
@@ -84,19 +80,19 @@ def crossings(runs: Sequence[Run], means: Sequence[Any]) -> list[Crossing]:
     Less than one microbatch is one that is so much shorter.
 
     >>> crossings(equal(3.0), [5.0])
-    [Crossing(since=None, own=5.0), Crossing(since=5.0, own=5.0)]
+    [(None, 5.0), (5.0, 5.0)]
     """
     found: list[Crossing] = []
     for r, (run, mean) in enumerate(zip(runs, means, strict=True)):
         whole = run.number * mean
         if run.alone:
-            found.append(Crossing(None, whole))
+            found.append((None, whole))
             continue
         one = minimum(run.number, 1.0)
         first = last = one * mean
         if run.back is not None and run.on is not None:
             first, last = one * (mean - (mean - means[r - 1]) * run.back), one * (mean + (means[r + 1] - mean) * run.on)
-        found += [Crossing(None, first), Crossing(whole - first - last, last)]
+        found += [(None, first), (whole - first - last, last)]
     return found
 
 
@@ -179,7 +175,7 @@ def longest(stages: Sequence[Line], shares: Sequence[Crossing], rounds: float) -
     if rounds > 1:
         starts.append(_waiting(stages, done[0], rounds))
         done.append(_passed(stages, starts[1]))
-    passes = np.zeros((stages[-1].stage + 1, len(shares[0].own)))
+    passes = np.zeros((stages[-1].stage + 1, len(shares[0][1])))
     at = len(stages) - 1
     for reached, busy in zip(done[::-1], starts[::-1], strict=True):
         k = len(shares) - 1
@@ -187,13 +183,14 @@ def longest(stages: Sequence[Line], shares: Sequence[Crossing], rounds: float) -
             stage, crossed, again = stages[at]
             since, own = crossed[k]
             stayed = (reached[at][k - 1] if k else busy[at]) + (since or 0.0)
-            passes[stage] += shares[k].own
+            before, there = shares[k]
+            passes[stage] += there
             if at and reached[at - 1][k] + again * own > stayed * _LONGER:
-                passes[stage] += again * shares[k].own
+                passes[stage] += again * there
                 at -= 1
                 continue
-            if since is not None:
-                passes[stage] += shares[k].since
+            if before is not None:
+                passes[stage] += before
             k -= 1
         if busy is not starts[0]:
             passes[stages[at].stage] += max(rounds - 2, 0.0) * sum(own if since is None else since + own for since, own in shares)

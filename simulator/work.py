@@ -423,11 +423,11 @@ def _scheduled(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> Any:
     """The time of a pipeline under the seconds of its stages."""
     flow = pipe.flows[0]
     if flow.steady:
-        return _scaled(pipe.rounds, turn(flow.count, values[0], _times(flow)))
+        return _scaled(pipe.rounds, turn(flow.count, values[0], _alike(flow)))
     return makespan(_lines(pipe, values), pipe.rounds)
 
 
-def _times(flow: Flow) -> Sequence[float]:
+def _alike(flow: Flow) -> Sequence[float]:
     return flow.times or [1.0] * len(flow.stages)
 
 
@@ -436,7 +436,7 @@ def _lines(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> list[Line]:
     stages = [
         [crossing for flow, each in zip(pipe.flows, values, strict=True) for crossing in _crossed(flow, each[s])] for s in range(len(values[0]))
     ]
-    return lines(stages, _times(pipe.flows[0]))
+    return lines(stages, _alike(pipe.flows[0]))
 
 
 def _crossed(flow: Flow, seconds: Any) -> list[Crossing]:
@@ -690,7 +690,7 @@ def _passes(pipe: Pipeline, seconds: Sequence[Sequence[Num]]) -> list[Any]:
     """By flow and stage, how often the longest path of a pipeline passes each run."""
     rounds, (flow, *_) = float(np.max(pipe.rounds)), pipe.flows
     if flow.steady:
-        return [rounds * np.array(turns(flow.count, seconds[0], _times(flow)))[:, None]]
+        return [rounds * np.array(turns(flow.count, seconds[0], _alike(flow)))[:, None]]
     ends = np.cumsum([len(flow.alike) for flow in pipe.flows])
     spans = [slice(end - len(flow.alike), end) for end, flow in zip(ends, pipe.flows, strict=True)]
     each = np.eye(ends[-1])
@@ -713,15 +713,22 @@ def rows(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> list[Row]:
     found = dict(passes.longest)
     for op, count in passes.beside.items():
         _add(found, (op,), count)
-    return [Row(_mean(op, count), total(count), total(count * leaf_seconds(op))) for op, count in found.items()]
+    return [Row(_mean(op, count), total(count), _times(count, leaf_seconds(op))) for op, count in found.items()]
 
 
 def by_kernel(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> dict[tuple[str, str, str], float]:
     """Seconds of the critical path by family of ops, for the interval of a total."""
     found: dict[tuple[str, str, str], float] = {}
     for op, count in passes.longest.items():
-        found[op.family] = found.get(op.family, 0.0) + total(count * leaf_seconds(op))
+        found[op.family] = found.get(op.family, 0.0) + _times(count, leaf_seconds(op))
     return found
+
+
+def _times(count: Num, value: Num) -> float:
+    """Count times value, over all runs."""
+    if isinstance(count, np.ndarray) and isinstance(value, np.ndarray) and count.ndim == value.ndim == 1:
+        return float(np.dot(count, value))
+    return total(count) * value if type(value) is float else total(count * value)
 
 
 def _mean(op: Leaf, count: Num) -> Leaf:
@@ -734,7 +741,7 @@ def _mean(op: Leaf, count: Num) -> Leaf:
         return op
 
     def mean(value: Any) -> Any:
-        return total(count * value) / steps if isinstance(value, np.ndarray) and value.ndim else value
+        return _times(count, value) / steps if isinstance(value, np.ndarray) and value.ndim else value
 
     changes: dict[str, Any] = dict(zip(_NUMBERS[type(op)], map(mean, numbers), strict=True))
     if isinstance(op, Op):
