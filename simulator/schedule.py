@@ -124,17 +124,17 @@ def makespan(stages: Sequence[Line], rounds: Num = 1.0) -> Any:
     >>> makespan(lines([crossings(equal(3.0), [t]) for t in (2.0, 5.0)], [1.0, 1.0]))
     17.0
     """
-    first = _passed(stages, [0.0] * len(stages))
+    plain = type(rounds) is float and all(type(own) is float for line in stages for _, own in line.crossed)
+    later: Callable[[Any, Any], Any] = max if plain else maximum
+    first = _passed(stages, [0.0] * len(stages), later)
     if type(rounds) is float and rounds == 1.0:
         return first[-1][-1]
-    last = _passed(stages, _waiting(stages, first, rounds))
+    last = _passed(stages, _waiting(stages, first, rounds), later)
     return where(rounds > 1, last[-1][-1], first[-1][-1])
 
 
-def _passed(stages: Sequence[Line], busy: Sequence[Any]) -> list[list[Any]]:
+def _passed(stages: Sequence[Line], busy: Sequence[Any], later: Callable[[Any, Any], Any]) -> list[list[Any]]:
     """When each stage, busy until then, is done with each crossing of a round."""
-    plain = all(type(x) is float for x in busy) and all(type(own) is float for line in stages for _, own in line.crossed)
-    later = max if plain else maximum
     found: list[list[Any]] = []
     for line, done in zip(stages, busy, strict=True):
         found.append(_through(line, found[-1] if found else None, done, later))
@@ -157,8 +157,13 @@ def _through(line: Line, reached: Sequence[Any] | None, busy: Any, later: Callab
 def _waiting(stages: Sequence[Line], first: Sequence[Sequence[Any]], rounds: Num) -> list[Any]:
     """When each stage is done with the last round but one, of which those after the first pass it on its own."""
     between = maximum(rounds - 2, 0.0)
-    alone = {line.stage: between * sum(own if since is None else since + own for since, own in line.crossed) for line in stages}
+    alone = {line.stage: between * _alone(line.crossed) for line in stages}
     return [done[-1] + alone[line.stage] for line, done in zip(stages, first, strict=True)]
+
+
+def _alone(crossed: Sequence[Crossing]) -> Any:
+    """A round on one stage alone."""
+    return sum(own if since is None else since + own for since, own in crossed)
 
 
 #: Of paths that are equally long but for rounding, the one that stays on its stage is told.
@@ -171,10 +176,10 @@ def longest(stages: Sequence[Line], shares: Sequence[Crossing], rounds: float) -
     `shares` are the crossings of a stage on which each run takes a vector of its own.
     """
     starts = [[0.0] * len(stages)]
-    done = [_passed(stages, starts[0])]
+    done = [_passed(stages, starts[0], max)]
     if rounds > 1:
         starts.append(_waiting(stages, done[0], rounds))
-        done.append(_passed(stages, starts[1]))
+        done.append(_passed(stages, starts[1], max))
     passes = np.zeros((stages[-1].stage + 1, len(shares[0][1])))
     at = len(stages) - 1
     for reached, busy in zip(done[::-1], starts[::-1], strict=True):
@@ -193,7 +198,7 @@ def longest(stages: Sequence[Line], shares: Sequence[Crossing], rounds: float) -
                 passes[stage] += before
             k -= 1
         if busy is not starts[0]:
-            passes[stages[at].stage] += max(rounds - 2, 0.0) * sum(own if since is None else since + own for since, own in shares)
+            passes[stages[at].stage] += max(rounds - 2, 0.0) * _alone(shares)
     return passes
 
 

@@ -339,6 +339,8 @@ def _sum(values: Sequence[Num]) -> Num:
         else:
             axes = np.ndim(value)
             arrays[axes] = arrays[axes] + value if axes in arrays else value
+    if not arrays:
+        return plain
     for axes in sorted(arrays):
         plain = arrays[axes] + plain if type(plain) is not float or plain != 0.0 else arrays[axes]
     return plain
