@@ -9,7 +9,7 @@ Source: flow shops as longest paths, e.g. Pinedo, Scheduling, chapter 6.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,8 @@ class Line(NamedTuple):
     stage: int
     crossed: Sequence[Crossing]
     again: float
+    #: A round on it alone.
+    whole: Any
 
 
 def equal(number: Count) -> list[Run]:
@@ -96,13 +98,13 @@ def crossings(runs: Sequence[Run], means: Sequence[Any]) -> list[Crossing]:
     return found
 
 
-def lines(stages: Sequence[Sequence[Crossing]], times: Sequence[float]) -> list[Line]:
-    """The stages, of which each stands for so many equal ones."""
+def lines(stages: Sequence[Sequence[Crossing]], times: Sequence[float], wholes: Sequence[Any] | None = None) -> list[Line]:
+    """The stages, of which each stands for so many equal ones; `wholes` where it is known what each takes in all."""
     found: list[Line] = []
-    for number, (crossed, alike) in enumerate(zip(stages, times, strict=True)):
-        found.append(Line(number, crossed, 0.0))
+    for number, (crossed, alike, whole) in enumerate(zip(stages, times, wholes or map(_alone, stages), strict=True)):
+        found.append(Line(number, crossed, 0.0, whole))
         if alike > 1:
-            found.append(Line(number, crossed, alike - 2.0))
+            found.append(Line(number, crossed, alike - 2.0, whole))
     return found
 
 
@@ -126,19 +128,19 @@ def makespan(stages: Sequence[Line], rounds: Num = 1.0) -> Any:
     """
     plain = type(rounds) is float and all(type(own) is float for line in stages for _, own in line.crossed)
     later: Callable[[Any, Any], Any] = max if plain else maximum
-    first = _passed(stages, [0.0] * len(stages), later)
+    first = [done[-1] for done in _passed(stages, [0.0] * len(stages), later)]
     if type(rounds) is float and rounds == 1.0:
-        return first[-1][-1]
-    last = _passed(stages, _waiting(stages, first, rounds), later)
-    return where(rounds > 1, last[-1][-1], first[-1][-1])
+        return first[-1]
+    last = [done[-1] for done in _passed(stages, _waiting(stages, first, rounds), later)]
+    return where(rounds > 1, last[-1], first[-1])
 
 
-def _passed(stages: Sequence[Line], busy: Sequence[Any], later: Callable[[Any, Any], Any]) -> list[list[Any]]:
-    """When each stage, busy until then, is done with each crossing of a round."""
-    found: list[list[Any]] = []
+def _passed(stages: Sequence[Line], busy: Sequence[Any], later: Callable[[Any, Any], Any]) -> Iterator[list[Any]]:
+    """When each stage, busy until then, is done with each crossing of a round; of a sweep, one stage's arrays at a time."""
+    reached = None
     for line, done in zip(stages, busy, strict=True):
-        found.append(_through(line, found[-1] if found else None, done, later))
-    return found
+        reached = _through(line, reached, done, later)
+        yield reached
 
 
 def _through(line: Line, reached: Sequence[Any] | None, busy: Any, later: Callable[[Any, Any], Any]) -> list[Any]:
@@ -154,11 +156,10 @@ def _through(line: Line, reached: Sequence[Any] | None, busy: Any, later: Callab
     return found
 
 
-def _waiting(stages: Sequence[Line], first: Sequence[Sequence[Any]], rounds: Num) -> list[Any]:
+def _waiting(stages: Sequence[Line], first: Sequence[Any], rounds: Num) -> list[Any]:
     """When each stage is done with the last round but one, of which those after the first pass it on its own."""
     between = maximum(rounds - 2, 0.0)
-    alone = {line.stage: between * _alone(line.crossed) for line in stages}
-    return [done[-1] + alone[line.stage] for line, done in zip(stages, first, strict=True)]
+    return [done + between * line.whole for line, done in zip(stages, first, strict=True)]
 
 
 def _alone(crossed: Sequence[Crossing]) -> Any:
@@ -176,16 +177,16 @@ def longest(stages: Sequence[Line], shares: Sequence[Crossing], rounds: float) -
     `shares` are the crossings of a stage on which each run takes a vector of its own.
     """
     starts = [[0.0] * len(stages)]
-    done = [_passed(stages, starts[0], max)]
+    done = [list(_passed(stages, starts[0], max))]
     if rounds > 1:
-        starts.append(_waiting(stages, done[0], rounds))
-        done.append(_passed(stages, starts[1], max))
+        starts.append(_waiting(stages, [reached[-1] for reached in done[0]], rounds))
+        done.append(list(_passed(stages, starts[1], max)))
     passes = np.zeros((stages[-1].stage + 1, len(shares[0][1])))
     at = len(stages) - 1
     for reached, busy in zip(done[::-1], starts[::-1], strict=True):
         k = len(shares) - 1
         while k >= 0:
-            stage, crossed, again = stages[at]
+            stage, crossed, again, _ = stages[at]
             since, own = crossed[k]
             stayed = (reached[at][k - 1] if k else busy[at]) + (since or 0.0)
             before, there = shares[k]

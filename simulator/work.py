@@ -438,7 +438,10 @@ def _lines(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> list[Line]:
     stages = [
         [crossing for flow, each in zip(pipe.flows, values, strict=True) for crossing in _crossed(flow, each[s])] for s in range(len(values[0]))
     ]
-    return lines(stages, _alike(pipe.flows[0]))
+    wholes = [
+        _sum([_repeated(flow.count, each[s], runs=flow.runs) for flow, each in zip(pipe.flows, values, strict=True)]) for s in range(len(stages))
+    ]
+    return lines(stages, _alike(pipe.flows[0]), wholes)
 
 
 def _crossed(flow: Flow, seconds: Any) -> list[Crossing]:
