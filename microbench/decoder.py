@@ -31,8 +31,9 @@ from simulator.layers import Attention, LatentAttention, MoE
 from simulator.layers.layer import Direction, is_mixer, weight_bytes
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
+from simulator.passes import Passes
 from simulator.phases import System
-from simulator.work import Op, Passes, Serial, Work, fold, peak_bytes, quantity
+from simulator.work import Op, Serial, Work, fold, peak_bytes, quantity
 
 KERNELS: tuple[str, ...] = ("decoder_layer", "model")
 MODELS = {

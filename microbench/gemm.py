@@ -13,8 +13,9 @@ from simulator.hf import load_model
 from simulator.kernels.gemm import batched_gemm, gemm
 from simulator.kernels.grouped_gemm import grouped_gemm
 from simulator.parallel import Layout
+from simulator.passes import Passes
 from simulator.phases import Decode, System
-from simulator.work import Op, Passes, fold
+from simulator.work import Op, fold
 
 KERNELS: tuple[str, ...] = ("gemm", "batched_gemm", "grouped_gemm")
 #: Whose projections are measured, on how many tensor-parallel ranks.

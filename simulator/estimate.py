@@ -30,11 +30,12 @@ from simulator.footprint import Footprint
 from simulator.hardware import Cluster
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
+from simulator.passes import Passes, Row, by_kernel, rows
 from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System, TrainStep
 from simulator.replay import Often
 from simulator.timing import Clock, bounded, calibrated, clock_of, once
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
-from simulator.work import Leaf, Passes, PeakBytes, Row, SecondsSerial, Together, Work, by_kernel, fold, quantity, rows
+from simulator.work import Leaf, PeakBytes, SecondsSerial, Together, Work, fold, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from simulator import formulas
 from simulator.estimate import RESOURCE_NAMES, Estimate, Interval, binding_resource, interval
+from simulator.passes import Row
 from simulator.phases import Mixed
 from simulator.report import _head, _seconds, _table, cache_layers, show, span
 from simulator.timing import Clock
 from simulator.units import BYTES, FLOPS, SECONDS, gib, significant
-from simulator.work import Row
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,15 +9,13 @@ take the leaf's time as a function (`simulator.timing` makes it).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from operator import attrgetter
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from simulator.schedule import Crossing, Line, Run, by_run, crossings, equal, growing, lines, longest, makespan, turn, turns
-from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, total, where
+from simulator.schedule import Crossing, Line, Run, by_run, crossings, equal, growing, lines, makespan, turn
+from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, where
 
 RESOURCES = ("tensor", "vector", "special", "hbm", "link", "host")
 
@@ -329,7 +327,7 @@ class Together:
         ])
 
 
-def _sum(values: Sequence[Num]) -> Num:
+def summed(values: Sequence[Num]) -> Num:
     """Sum, adding values of few axes first, so that broadcasting happens once."""
     plain: Num = 0.0
     arrays: dict[int, Num] = {}
@@ -346,14 +344,15 @@ def _sum(values: Sequence[Num]) -> Num:
     return plain
 
 
-def _repeated(count: Num, value: Num, *, runs: bool) -> Num:
+def repeated(count: Num, value: Num, *, runs: bool) -> Num:
+    """Count x value, of runs their sum."""
     if not runs:
         return count * value
     if type(value) is not float and np.ndim(value) >= np.ndim(count):
-        summed: Num = np.add.reduce(count * value, axis=0)
+        whole: Num = np.add.reduce(count * value, axis=0)
     else:
-        summed = np.add.reduce(count, axis=0) * value
-    return float(summed) if isinstance(summed, np.float64) else summed
+        whole = np.add.reduce(count, axis=0) * value
+    return float(whole) if isinstance(whole, np.float64) else whole
 
 
 def _scaled(count: Num, value: Num) -> Num:
@@ -381,15 +380,15 @@ class Quantity:
 
     def serial(self, values: list[Num]) -> Num:
         """Sum."""
-        return _sum(values)
+        return summed(values)
 
     def overlap(self, parts: Sequence[Work], values: list[Num]) -> Num:  # noqa: ARG002 (the protocol's signature)
         """Sum: overlapping moves no less."""
-        return _sum(values)
+        return summed(values)
 
     def repeat(self, count: Num, value: Num, *, runs: bool) -> Num:
         """Count times value."""
-        return _repeated(count, value, runs=runs)
+        return repeated(count, value, runs=runs)
 
     def select(self, mask: Any, a: Num, b: Num) -> Num:
         """The branch taken."""
@@ -398,7 +397,7 @@ class Quantity:
     def pipeline(self, pipe: Pipeline, values: list[list[Num]]) -> Num:
         """Of the stage with the most."""
         totals = [
-            _sum([self.repeat(flow.count, stages[s], runs=flow.runs) for flow, stages in zip(pipe.flows, values, strict=True)])
+            summed([self.repeat(flow.count, stages[s], runs=flow.runs) for flow, stages in zip(pipe.flows, values, strict=True)])
             for s in range(len(values[0]))
         ]
         return _scaled(pipe.rounds, _largest(totals))
@@ -425,23 +424,24 @@ def _scheduled(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> Any:
     """The time of a pipeline under the seconds of its stages."""
     flow = pipe.flows[0]
     if flow.steady:
-        return _scaled(pipe.rounds, turn(flow.count, values[0], _alike(flow)))
-    return makespan(_lines(pipe, values), pipe.rounds)
+        return _scaled(pipe.rounds, turn(flow.count, values[0], alike_stages(flow)))
+    return makespan(lines_of(pipe, values), pipe.rounds)
 
 
-def _alike(flow: Flow) -> Sequence[float]:
+def alike_stages(flow: Flow) -> Sequence[float]:
+    """How many equal stages each of a flow's stands for."""
     return flow.times or [1.0] * len(flow.stages)
 
 
-def _lines(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> list[Line]:
+def lines_of(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> list[Line]:
     """The stages with what they take of all flows."""
     stages = [
         [crossing for flow, each in zip(pipe.flows, values, strict=True) for crossing in _crossed(flow, each[s])] for s in range(len(values[0]))
     ]
     wholes = [
-        _sum([_repeated(flow.count, each[s], runs=flow.runs) for flow, each in zip(pipe.flows, values, strict=True)]) for s in range(len(stages))
+        summed([repeated(flow.count, each[s], runs=flow.runs) for flow, each in zip(pipe.flows, values, strict=True)]) for s in range(len(stages))
     ]
-    return lines(stages, _alike(pipe.flows[0]), wholes)
+    return lines(stages, alike_stages(pipe.flows[0]), wholes)
 
 
 def _crossed(flow: Flow, seconds: Any) -> list[Crossing]:
@@ -470,7 +470,7 @@ class SecondsOverlapped(SecondsSerial):
         for resource in RESOURCES:
             shared = [d[resource] for d in demands if resource in d]
             if len(shared) > 1:
-                longest = maximum(longest, _sum(shared))
+                longest = maximum(longest, summed(shared))
         return longest
 
 
@@ -507,7 +507,7 @@ class Demands:
 
     def repeat(self, count: Num, value: Mapping[str, Num], *, runs: bool) -> Mapping[str, Num]:
         """Times count."""
-        return {r: _repeated(count, v, runs=runs) for r, v in value.items()}
+        return {r: repeated(count, v, runs=runs) for r, v in value.items()}
 
     def select(self, mask: Any, a: Mapping[str, Num], b: Mapping[str, Num]) -> Mapping[str, Num]:
         """The branch taken."""
@@ -553,7 +553,7 @@ class PeakBytes:
 
     def overlap(self, parts: Sequence[Work], values: list[tuple[Num, Num]]) -> tuple[Num, Num]:  # noqa: ARG002
         """Both at once."""
-        return _sum([n for n, _ in values]), _sum([p for _, p in values])
+        return summed([n for n, _ in values]), summed([p for _, p in values])
 
     def repeat(self, count: Num, value: tuple[Num, Num], *, runs: bool) -> tuple[Num, Num]:
         """In closed form; over runs, run after run."""
@@ -586,177 +586,3 @@ def peak_bytes(work: Work, *, keeps_saved: bool = False) -> Bytes:
     """The most activation bytes held at any moment of `work`; `keeps_saved` when a backward pass follows."""
     peak: Bytes = fold(work, PeakBytes(keeps_saved=keeps_saved))[1]
     return peak
-
-
-@dataclass(eq=False)
-class Passed:
-    """The critical path of a part: its seconds (over the runs of a flow, a vector), and what it passes: an op, or other parts so many times.
-    `waiting` parts are beside it (in overlaps, where another takes longer).
-    """
-
-    seconds: Num
-    parts: Sequence[Passed] = ()
-    times: Num = 1.0
-    waiting: Sequence[Passed] = ()
-    op: Leaf | None = None
-
-    @property
-    def longest(self) -> dict[Leaf, Num]:
-        """How often each op runs on the critical path; over the runs of a flow, vectors."""
-        return self._counted[0]
-
-    @property
-    def beside(self) -> dict[Leaf, Num]:
-        """How often each op runs beside it."""
-        return self._counted[1]
-
-    @cached_property
-    def _counted(self) -> tuple[dict[Leaf, Num], dict[Leaf, Num]]:
-        """From the whole down to the ops, every part once, however many others it is part of."""
-        order: dict[Passed, None] = {}
-        self.enlist(order)
-        on: dict[Any, Num] = {self: 1.0}
-        off: dict[Any, Num] = {}
-        for path in reversed(order):
-            if path in on:
-                count = on[path] * path.times
-                _add(on, path.parts, count)
-                _add(off, path.waiting, count)
-            if path in off:
-                count = off[path] * path.times
-                _add(off, path.parts, count)
-                _add(off, path.waiting, count)
-        longest: dict[Leaf, Num] = {}
-        beside: dict[Leaf, Num] = {}
-        for path in order:
-            if path.op is not None:
-                for found, counts in ((longest, on), (beside, off)):
-                    if path in counts:
-                        _add(found, (path.op,), counts[path])
-        return longest, beside
-
-    def enlist(self, order: dict[Passed, None]) -> None:
-        """Name all it is made of, parts before the whole."""
-        for part in self.parts:
-            if part not in order:
-                part.enlist(order)
-        for part in self.waiting:
-            if part not in order:
-                part.enlist(order)
-        order[self] = None
-
-
-def _add(counts: dict[Any, Num], keys: Sequence[Any], count: Num) -> None:
-    """Count each so many times more."""
-    for key in keys:
-        counts[key] = counts[key] + count if key in counts else count
-
-
-class Passes:
-    """The passes of the critical path: of an overlap the part that takes longest, of a pipeline the longest path."""
-
-    def __init__(self, leaf_seconds: Callable[[Leaf], Seconds]) -> None:
-        self.leaf_seconds = leaf_seconds
-
-    def leaf(self, op: Leaf) -> Passed:
-        """Once."""
-        return Passed(self.leaf_seconds(op), op=op)
-
-    def serial(self, values: list[Passed]) -> Passed:
-        """All of them."""
-        return Passed(_sum([value.seconds for value in values]), values)
-
-    def overlap(self, parts: Sequence[Work], values: list[Passed]) -> Passed:  # noqa: ARG002
-        """The part that takes longest, and the others beside it."""
-        longest = max(values, key=lambda value: total(value.seconds))
-        return Passed(longest.seconds, [longest], waiting=[value for value in values if value is not longest])
-
-    def repeat(self, count: Num, value: Passed, *, runs: bool) -> Passed:
-        """Times count."""
-        return Passed(_repeated(count, value.seconds, runs=runs), [value], count)
-
-    def select(self, mask: Any, a: Passed, b: Passed) -> Passed:
-        """Weighted by the share of runs on which each branch is taken."""
-        share = np.asarray(mask, dtype=float)
-        return self.serial([self.repeat(share, a, runs=False), self.repeat(1 - share, b, runs=False)])
-
-    def pipeline(self, pipe: Pipeline, values: list[list[Passed]]) -> Passed:
-        """Every stage as often as the longest path passes it, in each run, for one question."""
-        counts = _passes(pipe, [[value.seconds for value in stages] for stages in values])
-        return self.serial([
-            self.repeat(count if flow.runs else float(count[0]), value, runs=flow.runs)
-            for flow, stages, by_stage in zip(pipe.flows, values, counts, strict=True)
-            for value, count in zip(stages, by_stage, strict=True)
-            if np.any(count)
-        ])
-
-
-def _passes(pipe: Pipeline, seconds: Sequence[Sequence[Num]]) -> list[Any]:
-    """By flow and stage, how often the longest path of a pipeline passes each run."""
-    rounds, (flow, *_) = float(np.max(pipe.rounds)), pipe.flows
-    if flow.steady:
-        return [rounds * np.array(turns(flow.count, seconds[0], _alike(flow)))[:, None]]
-    ends = np.cumsum([len(flow.alike) for flow in pipe.flows])
-    spans = [slice(end - len(flow.alike), end) for end, flow in zip(ends, pipe.flows, strict=True)]
-    each = np.eye(ends[-1])
-    shares = [crossing for flow, span in zip(pipe.flows, spans, strict=True) for crossing in crossings(flow.alike, list(each[span]))]
-    found = longest(_lines(pipe, seconds), shares, rounds)
-    return [found[:, span] for span in spans]
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One line of an explanation: an op (the mean over its passes), how often it runs, and what it takes in all."""
-
-    op: Leaf
-    count: float
-    seconds: float
-
-
-def rows(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> list[Row]:
-    """The passes of the critical path and beside it as lines."""
-    found = dict(passes.longest)
-    for op, count in passes.beside.items():
-        _add(found, (op,), count)
-    return [Row(_mean(op, count), total(count), _times(count, leaf_seconds(op))) for op, count in found.items()]
-
-
-def by_kernel(passes: Passed, leaf_seconds: Callable[[Leaf], Seconds]) -> dict[tuple[str, str, str], float]:
-    """Seconds of the critical path by family of ops, for the interval of a total."""
-    found: dict[tuple[str, str, str], float] = {}
-    for op, count in passes.longest.items():
-        found[op.family] = found.get(op.family, 0.0) + _times(count, leaf_seconds(op))
-    return found
-
-
-def _times(count: Num, value: Num) -> float:
-    """Count times value, over all runs."""
-    if isinstance(count, np.ndarray) and isinstance(value, np.ndarray) and count.ndim == value.ndim == 1:
-        return float(np.dot(count, value))
-    return total(count) * value if type(value) is float else total(count * value)
-
-
-def _mean(op: Leaf, count: Num) -> Leaf:
-    """The op with each quantity replaced by its mean over the passes of each run."""
-    if type(count) is float:
-        return op
-    shape = op.shape if isinstance(op, Op) else {}
-    numbers = _AMOUNTS[type(op)](op)
-    if not any(isinstance(value, np.ndarray) for value in (*numbers, *shape.values())) or not (steps := total(count)):
-        return op
-
-    def mean(value: Any) -> Any:
-        return _times(count, value) / steps if isinstance(value, np.ndarray) and value.ndim else value
-
-    changes: dict[str, Any] = dict(zip(_NUMBERS[type(op)], map(mean, numbers), strict=True))
-    if isinstance(op, Op):
-        changes |= {"shape": {key: mean(value) for key, value in shape.items()}, "aside": cache(lambda: Aside(*map(mean, op.aside())))}
-    return replace(op, **changes)
-
-
-#: What may differ from run to run.
-_NUMBERS = {
-    Op: ("tensor_flops", "exponentials", "model_flops", "hbm_bytes", "wire_bytes", "launches"),
-    Message: ("payload_bytes", "wire_bytes"),
-}  # fmt: skip
-_AMOUNTS = {kind: attrgetter(*names) for kind, names in _NUMBERS.items()}

@@ -16,10 +16,11 @@ from simulator.kernels.attention import Segment
 from simulator.layers import LatentAttention, MoE
 from simulator.layers.layer import Direction
 from simulator.parallel.context import Context
+from simulator.passes import Passes, rows
 from simulator.phases import Decode, Prefill, System
 from simulator.planner import Plan, layouts, refusals, size
 from simulator.serving import Request
-from simulator.work import Passes, fold, quantity, rows
+from simulator.work import fold, quantity
 from tests.support import EVERY, machine, model
 from tests.test_context import messages
 

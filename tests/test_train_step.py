@@ -189,6 +189,6 @@ def test_the_update_reads_and_writes_every_state_once() -> None:
 
 
 def _ops(work: Any) -> list[Op]:
-    from simulator.work import Passes, rows
+    from simulator.passes import Passes, rows
 
     return [row.op for row in rows(fold(work, Passes(lambda _: 0.0)), lambda _: 0.0)]

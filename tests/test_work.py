@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simulator.passes import Passes, by_kernel, rows
 from simulator.runs import SHARES
 from simulator.work import (
     Aside,
@@ -18,7 +19,6 @@ from simulator.work import (
     Message,
     Op,
     Overlap,
-    Passes,
     PeakBytes,
     Pipeline,
     Repeat,
@@ -27,11 +27,9 @@ from simulator.work import (
     Select,
     Serial,
     Work,
-    by_kernel,
     fold,
     peak_bytes,
     quantity,
-    rows,
 )
 
 KERNELS = ("gemm", "attention", "elementwise")

@@ -19,9 +19,10 @@ from simulator.kernels.gemm import gemm
 from simulator.kernels.latent_attention import latent_attention
 from simulator.kernels.unfused_attention import unfused_attention
 from simulator.layers.layer import Direction, Mixer
+from simulator.passes import Passed, Passes, by_kernel
 from simulator.published.table import Asked, Measurement, machine, refuse, spec
 from simulator.timing import Clock, bounded, calibrated
-from simulator.work import Passed, Passes, Repeat, Serial, Together, Work, by_kernel, fold
+from simulator.work import Repeat, Serial, Together, Work, fold
 
 MS, US, TERA, GIGA = 1e-3, 1e-6, 1e12, 1e9
 

@@ -9,9 +9,10 @@ from simulator import figures
 from simulator.hf import load_model
 from simulator.kernels.attention import Causal
 from simulator.parallel import Layout
+from simulator.passes import Passes
 from simulator.phases import Prefill, System
 from simulator.position import Rotary
-from simulator.work import Passes, fold
+from simulator.work import fold
 from tests.app.support import charts, lines, opened
 
 
