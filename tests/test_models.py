@@ -299,6 +299,7 @@ def test_an_id_that_fits_several_lists_them(text: str) -> None:
 
 def test_a_part_of_a_name_means_the_checkpoint_that_others_store_otherwise() -> None:
     assert find("Llama-4-Scout") == "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+    assert find("meta-llama/Llama-3.1-405B") == "meta-llama/Meta-Llama-3.1-405B"
     with pytest.raises(ValueError, match="several match"):
         find("Kimi-K2")
 

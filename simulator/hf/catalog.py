@@ -82,6 +82,8 @@ def find(text: str) -> str:
         [n for n in known if n.lower().endswith(f"-{wanted}")],
         [n for n in known if n.lower().split("/", 1)[-1].startswith(f"{wanted}-")],
         [n for n in known if wanted and wanted in n.lower()],
+        # the hub calls Meta-Llama-3.1 Llama-3.1 now
+        [n for n in known if n.lower().replace("/meta-llama-", "/llama-") == wanted],
     ):
         bare = sorted((n.lower().split("/", 1)[-1], n) for n in fits)
         # "X-FP8-dynamic" is X stored otherwise
