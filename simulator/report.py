@@ -286,7 +286,7 @@ def _print_cache(plan: Plan, console: Console) -> None:
     allocated = float(capacity.per_sequence_bytes) * ranks
     fixed = total - slope * context
     rows = [
-        ["architecture", f"{slope:,.0f} B", gib(fixed) if fixed else "0", gib(total)],
+        ["architecture", f"{slope:,.0f} B", BYTES.show(fixed) if fixed else "0", gib(total)],
         [f"vLLM {plan.engine.version} ({plan.best.layout})", f"{allocated / context:,.0f} B", "", gib(allocated)],
     ]
     from simulator import tables  # noqa: PLC0415 (it builds on this module)
