@@ -181,6 +181,18 @@ def _console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
+def give(document: dict[str, Any], show: Callable[[Any], object], *, as_json: bool, csv_file: str | None = None, table: str = "") -> None:
+    """An answer: the rows of its `table` into a file, where one is asked for; on stdout as JSON, or as `show` prints it on a console."""
+    from simulator import export, report
+
+    if csv_file is not None:
+        export.write_csv(csv_file, document[table])
+    if as_json:
+        click.echo(report.emit(document))
+    else:
+        show(_console())
+
+
 def _model(source: str, weights: str | None, cache: str | None) -> Any:
     from simulator.hf import load_model, with_formats
 
@@ -294,7 +306,7 @@ def kv(
 @output_options
 def models(sort: str, match: str, csv_file: str | None, as_json: bool) -> None:
     """The models of the catalog: size, mixers, cache, and how far each reads."""
-    from simulator import export, report, tables
+    from simulator import tables
     from simulator.compare import quantities
     from simulator.hf import catalog, load_model
 
@@ -304,12 +316,7 @@ def models(sort: str, match: str, csv_file: str | None, as_json: bool) -> None:
         raise ValueError(message)
     found = [(quantities(spec, 2**20), float(spec.cache_bytes(2.0**17))) for spec in map(load_model, names)]
     document = tables.models_document(found, sort, {"sort": sort, "match": match})
-    if csv_file is not None:
-        export.write_csv(csv_file, document["models"])
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        tables.print_models(document, _console())
+    give(document, lambda console: tables.print_models(document, console), as_json=as_json, csv_file=csv_file, table="models")
 
 
 @main.command()
@@ -335,7 +342,7 @@ def compare(
 ) -> None:  # fmt: skip
     """The same request across MODELs, across ways to share keys and values (--head-types), or across the choices of a recipe (--recipe)."""
     from simulator import compare as comparing
-    from simulator import export, planner, report, tables
+    from simulator import planner, tables
     from simulator.dtypes import cache_format
     from simulator.hardware import cluster
     from simulator.serving import Request
@@ -351,23 +358,13 @@ def compare(
         from simulator import figures
 
         document = tables.recipe_document(figures.recipe(context), {"context": context})
-        if csv_file is not None:
-            export.write_csv(csv_file, document["recipe"])
-        if as_json:
-            click.echo(report.emit(document))
-        else:
-            tables.print_recipe(document, _console())
+        give(document, lambda console: tables.print_recipe(document, console), as_json=as_json, csv_file=csv_file, table="recipe")
         return
     if head_types:
         stored = cache_format(cache or "bf16")
         twin = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads, "latent": latent, "rope": rope, "layers": layers, "context": context}
         document = tables.head_types_document(comparing.head_types(**twin, cache=stored), {**twin, "cache": stored.name})
-        if csv_file is not None:
-            export.write_csv(csv_file, document["head_types"])
-        if as_json:
-            click.echo(report.emit(document))
-        else:
-            tables.print_head_types(document, _console())
+        give(document, lambda console: tables.print_head_types(document, console), as_json=as_json, csv_file=csv_file, table="head_types")
         return
     if not names:
         message = "compare: name at least one MODEL, or give --head-types or --recipe; longctx models lists the catalog"
@@ -380,12 +377,7 @@ def compare(
         "concurrency": concurrency if gpu else None, "output": request.output if gpu else None, "weights": weights, "cache": cache,
     }  # fmt: skip
     document = tables.compare_document(found, plans, inputs)
-    if csv_file is not None:
-        export.write_csv(csv_file, document["models"])
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        tables.print_compare(document, found, plans, _console())
+    give(document, lambda console: tables.print_compare(document, found, plans, console), as_json=as_json, csv_file=csv_file, table="models")
 
 
 @main.command()
@@ -401,16 +393,11 @@ def compare(
 @output_options
 def estimate(csv_file: str | None, as_json: bool, **asked: Any) -> None:
     """How long one phase of MODEL takes on one layout, op by op."""
-    from simulator import export, report
+    from simulator import report
 
     found, inputs, told = _estimated(**asked)
     document = report.estimate_document(found, inputs, told)
-    if csv_file is not None:
-        export.write_csv(csv_file, document["rows"])
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        report.print_estimate(document, found, _console())
+    give(document, lambda console: report.print_estimate(document, found, console), as_json=as_json, csv_file=csv_file, table="rows")
 
 
 def _estimated(
@@ -524,10 +511,7 @@ def compare_cp(
             message = f"--timeline {timeline}: no ring is possible here, so there is nothing to write"
             raise ValueError(message)
         Path(timeline).write_text(report.emit({"way": ring.name, "spans": intervals(ring_timeline(ring))}), encoding="utf-8")
-    if as_json:
-        click.echo(report.emit(told))
-    else:
-        report.print_compare_cp(told, found, _console())
+    give(told, lambda console: report.print_compare_cp(told, found, console), as_json=as_json)
 
 
 @main.group()
@@ -608,10 +592,7 @@ def _show_kernel(op: Any, gpu: str, asked: dict[str, Any], *, as_json: bool) -> 
     if not machine.gpu.supports(op.math):
         told.append(f"{machine.gpu.name} has no {op.math} arithmetic: computed in {machine.gpu.runs_as(op.math)}")
     document = report.kernel_document(op, machine, Calibration.load(machine.gpu), {"gpu": machine.gpu.name, **asked}, told)
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        report.print_kernel(document, _console())
+    give(document, lambda console: report.print_kernel(document, console), as_json=as_json)
 
 
 @main.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from simulator.cli import _console, csv_option, output_options
+from simulator.cli import csv_option, give, output_options
 
 
 @click.command()
@@ -14,17 +16,15 @@ from simulator.cli import _console, csv_option, output_options
 def claims(markdown: bool, csv_file: str | None, as_json: bool) -> None:
     """What essays and papers say of long context, each beside our own number, and whether it holds."""
     from simulator import claims as told
-    from simulator import export, report
 
     if markdown and as_json:
         message = "--markdown and --json: one answer, one form; leave out either"
         raise ValueError(message)
-    document = told.document()
-    if csv_file is not None:
-        export.write_csv(csv_file, document["claims"])
-    if as_json:
-        click.echo(report.emit(document))
-    elif markdown:
-        click.echo(told.markdown(), nl=False)
-    else:
-        told.print_claims(_console())
+
+    def show(console: Any) -> None:
+        if markdown:
+            click.echo(told.markdown(), nl=False)
+        else:
+            told.print_claims(console)
+
+    give(told.document(), show, as_json=as_json, csv_file=csv_file, table="claims")

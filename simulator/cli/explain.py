@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from simulator.cli import (
-    _console,
     _estimated,
     context_options,
     csv_option,
     format_options,
+    give,
     holds_option,
     layout_options,
     machine_options,
@@ -34,19 +34,13 @@ from simulator.cli import (
 def explain(top: int, csv_file: str | None, as_json: bool, **asked: Any) -> None:
     """Where the time and memory of one phase of MODEL go: formula, numbers, bound, constants and their source, op by op."""
     from simulator import explain as opened
-    from simulator import export, report
 
     if asked["phase"] == "train":
         message = "--phase train: explain opens phases of serving; longctx estimate has a training step op by op"
         raise ValueError(message)
     found, inputs, told = _estimated(**asked)
     document = opened.document(found, inputs, told)
-    if csv_file is not None:
-        export.write_csv(csv_file, document["rows"])
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        opened.print_explanation(document, found, _console(), top)
+    give(document, lambda console: opened.print_explanation(document, found, console, top), as_json=as_json, csv_file=csv_file, table="rows")
 
 
 @click.command()
@@ -61,16 +55,10 @@ def diff(before: str, after: str, csv_file: str | None, as_json: bool) -> None:
     estimate picks the verb, estimate is meant without one), or a file that --json wrote.
     """
     from simulator import diff as compared
-    from simulator import export, report
 
     first, second = _answer(before), _answer(after)
     document = compared.document(first, second, {"before": before, "after": after})
-    if csv_file is not None:
-        export.write_csv(csv_file, document["terms"])
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        compared.print_diff(document, _console())
+    give(document, lambda console: compared.print_diff(document, console), as_json=as_json, csv_file=csv_file, table="terms")
 
 
 def _answer(told: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from simulator.cli import _console, csv_option, output_options
+from simulator.cli import csv_option, give, output_options
 
 
 @click.command()
@@ -12,13 +12,7 @@ from simulator.cli import _console, csv_option, output_options
 @output_options
 def gpus(csv_file: str | None, as_json: bool) -> None:
     """The accelerators known: memory, bandwidth, dense rates, link, price, and on what their times rest."""
-    from simulator import export, report
     from simulator import gpus as known
 
     document = known.document({})
-    if csv_file is not None:
-        export.write_csv(csv_file, document["gpus"])
-    if as_json:
-        click.echo(report.emit(document))
-    else:
-        known.print_gpus(document, _console())
+    give(document, lambda console: known.print_gpus(document, console), as_json=as_json, csv_file=csv_file, table="gpus")
