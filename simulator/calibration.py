@@ -131,21 +131,26 @@ def user_folder() -> Path:
 
 @cache
 def _load(gpu: Gpu) -> Calibration:
-    families = dict(_assumed(gpu).families)
+    """What was not measured keeps what lay below: families, links, and what messages take from kernels."""
+    found = _assumed(gpu)
     for name, title in ((gpu.name, ""), (gpu.borrows, f"{gpu.name} borrows the shape of ")):
-        top: Calibration | None = None
+        measured = False
         for folder, whose in ((data_path("calibration"), "shipped"), (user_folder(), "yours")):
             file = folder / name / "constants.toml"
             if name and file.is_file():
+                measured = True
                 top = read_profile(file, gpu.name, whose)
-                found = top.families if not title else {f: borrowed(f, c, gpu, named(name)) for f, c in top.families.items()}
-                # what was not measured keeps what lay below; a row without a dtype stands for all
-                families = {f: c for f, c in families.items() if (*f[:2], "") not in found} | found
-        if top is not None:
-            alike = not title or _joined(gpu) == _joined(named(name))
-            links, interference = (top.links, top.interference) if alike else ((), {})
-            return replace(top, families=families, description=title + top.description, links=links, interference=interference)
-    return _assumed(gpu)
+                added = top.families if not title else {f: borrowed(f, c, gpu, named(name)) for f, c in top.families.items()}
+                # a row without a dtype stands for all
+                kept = {f: c for f, c in found.families.items() if (*f[:2], "") not in added}
+                alike = not title or _joined(gpu) == _joined(named(name))
+                found = replace(
+                    top, families=kept | added, description=title + top.description, links=(top.links if alike else ()) or found.links,
+                    interference=(shares_of(top.interference, gpu, named(name)) if alike else {}) or found.interference,
+                )  # fmt: skip
+        if measured:
+            return found
+    return found
 
 
 def _joined(gpu: Gpu) -> tuple[object, ...]:
@@ -248,8 +253,17 @@ def _is_number(value: object, *, least: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
 
 
+#: Whose collectives are kernels; elsewhere engines of their own carry them.
+SENDS_BY_SMS = ("nvidia", "amd")
+#: No message is assumed to take more of the SMs.
+MOST_TAKEN = 0.5
 #: What standing in for figures that are not published adds to the error all ops share.
 STAND_IN_SIGMA = observed("stand_in_sigma")
+
+
+def shares_of(taken: Mapping[str, float], gpu: Gpu, lender: Gpu) -> dict[str, float]:
+    """Shares of the SMs of `gpu` that messages take, who take as many as of `lender`."""
+    return {pattern: min(share * lender.units / gpu.units, MOST_TAKEN) for pattern, share in taken.items()}
 
 
 def _assumed(gpu: Gpu) -> Calibration:
@@ -272,8 +286,12 @@ def _assumed(gpu: Gpu) -> Calibration:
             limits = {"sustained": left ** (-1 / p)} if left > 0 else {"tensor": share, "sustained": 0.0}
             cited = gpu.sources.get(f"attained.{dtype}", "see data/hardware")
             families[kernel, impl, dtype] = replace(constants, **limits, source=f"published matmul ceiling, {cited}; shape: {constants.source}")
+    taken = shares_of(priors.interference, gpu, named(STAND_IN)) if gpu.vendor in SENDS_BY_SMS else {}
+    found = Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors", taken)
     if not gpu.assumed:
-        return Calibration(gpu.name, families, priors.common_sigma, f"{gpu.name}: no measurements; documented priors")
-    families = {family: replace(c, basis="assumed") for family, c in families.items()}
+        return found
     told = f"{gpu.name}: no measurements, and {', '.join(gpu.assumed)} not published: documented priors, in proportion to an H200"
-    return Calibration(gpu.name, families, math.hypot(priors.common_sigma, STAND_IN_SIGMA), told)
+    return replace(
+        found, families={family: replace(c, basis="assumed") for family, c in families.items()},
+        common_sigma=math.hypot(priors.common_sigma, STAND_IN_SIGMA), description=told,
+    )  # fmt: skip

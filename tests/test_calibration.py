@@ -92,6 +92,29 @@ def test_no_gpu_attains_more_than_its_peak(name: str) -> None:
         assert constants.source, family
 
 
+@pytest.mark.parametrize("name", catalog())
+def test_messages_take_as_many_sms_of_every_gpu(name: str) -> None:
+    part, lender = gpu(name), gpu("h200")
+    if part.vendor not in ("nvidia", "amd"):
+        assert not Calibration.load(part).interference, "its links have engines of their own"
+        return
+    found, measured = Calibration.load(part), Calibration.load(lender)
+    for pattern in ("send", "all_reduce"):
+        assert 0 < found.taken(pattern) <= 0.5
+        assert found.taken(pattern) * part.units == pytest.approx(measured.taken(pattern) * lender.units, rel=0.1)
+    assert found.taken("send") < found.taken("all_gather")
+
+
+def test_a_profile_of_ones_own_keeps_what_it_did_not_measure(fresh: Path) -> None:
+    shipped = Calibration.load(gpu("h200"))
+    write(fresh, PROFILE)
+    calibration._load.cache_clear()
+    found = Calibration.load(gpu("h200"))
+    assert found.constants(("gemm", "", "bf16")) != shipped.constants(("gemm", "", "bf16"))
+    assert (found.links, found.interference) == (shipped.links, shipped.interference)
+    assert found.links
+
+
 def test_none_is_the_identity() -> None:
     none = Calibration.none()
     assert none.constants(("gemm", "", "bf16")) == IDENTITY == Constants()
