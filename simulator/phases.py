@@ -12,7 +12,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from simulator.dtypes import BF16, CacheFormat
+from simulator.dtypes import BF16, CacheFormat, DType
 from simulator.footprint import Footprint
 from simulator.kernels.attention import Mask, Segment
 from simulator.layers.layer import Direction, Layer, is_mixer, weight_bytes
@@ -62,10 +62,12 @@ _FEW = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainStep:
-    """One optimizer step over `batch` sequences of `context` tokens; a microbatch is one sequence of every replica.
+    """One optimizer step over `batch` sequences of `context` tokens; a microbatch is `micro` sequences of every replica.
 
-    `recompute`: "none" keeps every activation, "full" a block's input.  `zero`: the stage of shared states.  `schedule` of the
-    pipeline, with `chunks` model chunks of a stage if it is interleaved.  `train_step` makes the tree.
+    `recompute`: "none" keeps every activation, "full" a block's input.  `zero`: the stage of shared states, shared by `sharers`
+    neighbours (None: by all that hold the same weights).  `schedule` of the pipeline, with `chunks` model chunks of a stage if it is
+    interleaved.  `gradient`: the element that gradients are kept and sent in.  `overlaps`: the states' traffic passes beside the
+    layers.  `train_step` makes the tree.
     """
 
     context: Num
@@ -75,6 +77,10 @@ class TrainStep:
     schedule: str = "1f1b"
     chunks: int = 1
     optimizer: str = "adamw"
+    micro: Num = 1.0
+    gradient: DType = BF16
+    sharers: Num | None = None
+    overlaps: bool = True
 
 
 class System:

@@ -1,14 +1,16 @@
 """One optimizer step of training: microbatches through stages forward and backward, shared states, the update.
 
-Legend: n ranks share the states of one replica's weights (data x context x Ulysses), p stages, m microbatches of one
-sequence a replica each, v model chunks of a stage, P parameters of a rank.
+Legend: n ranks share the states of one replica's weights (data x context x Ulysses), p stages, m microbatches of `micro`
+sequences a replica each, v model chunks of a stage, P parameters of a rank.
 Forward and backward of every layer are those of serving and of its gradient, with every scheme's messages around them; the
 head scores every token.  Schedules: gpipe and 1f1b take the same time, m (F + B) + (p - 1)(F + B) where stages are equal;
 interleaved passes m v microbatches of 1 / v of a stage.  They differ in what they keep (`Schedule.in_flight`).
 Recomputing "full" keeps a block's input and runs it forward once more before its backward.
-Weights and gradients are bf16; AdamW reads and writes 28 bytes a parameter (gradient, weight, master and two moments).
-Neglected: Newton-Schulz of Muon (its bound is told), gradient norm and clipping, fp8 training, experts over several ranks,
-ring messages' buffers; groups of data x context ranks are placed as if evenly spaced.
+Weights are bf16 and gradients what the phase says; AdamW reads and writes 28 bytes a parameter (gradient, weight, master and two
+moments; 30 with fp32 gradients).  A model whose weights are in fp8 is trained in fp8: all three products of a linear layer.
+Neglected: Newton-Schulz of Muon (its bound is told), gradient norm and clipping, an optimizer in several kernels, adding a microbatch's
+gradients to those before, casts to fp8 and what fp8 keeps, ring messages' buffers; groups of data x context ranks are placed as if
+evenly spaced.  Experts over ranks: dispatch and combine of the busiest rank's rows, forward and backward.
 Source: FORMULAS 4.1 to 4.5, 5.2; schedules and shared states in `parallel.schedules` and `parallel.sharded_data`.
 """
 
@@ -44,13 +46,31 @@ OPTIMIZERS = {"adamw": ADAM_BYTES, "muon": 8.0}
 
 def schedule(layout: Layout, phase: TrainStep) -> Schedule:
     """The pipeline's schedule."""
-    return Schedule(phase.schedule, layout.pp, phase.batch / layout.dp, float(phase.chunks))
+    return Schedule(phase.schedule, layout.pp, phase.batch / (replicas(layout) * phase.micro), float(phase.chunks))
 
 
-def states(layout: Layout, phase: TrainStep) -> ShardedData:
-    """Who shares weights, gradients and optimizer states: all ranks that hold the same weights."""
-    ranks = layout.dp * layout.cp * layout.ulysses * 1.0
-    return ShardedData(phase.zero, ranks, stride=layout.tp * layout.pp * 1.0, optimizer_bytes=OPTIMIZERS[phase.optimizer])
+def replicas(layout: Layout) -> Num:
+    """Groups of ranks with sequences of their own; those of attention-data parallelism share one set of experts."""
+    return layout.dp * layout.dp_attention
+
+
+def states(layout: Layout, phase: TrainStep, layer: Layer | None = None) -> ShardedData:
+    """Who shares weights, gradients and optimizer states: all ranks that hold the same weights, or `sharers` neighbours of them.
+
+    Of experts over e ranks 1 / e as many do as of the rest; router and shared experts are taken with them.
+    """
+    ranks, stride = replicas(layout) * layout.cp * layout.ulysses * 1.0, layout.tp * layout.pp * 1.0
+    if apart(layout, layer):
+        ranks, stride = ranks * layout.tp / layout.ep, layout.ep * layout.pp * 1.0
+    sharers = ranks if phase.sharers is None else phase.sharers * 1.0
+    return ShardedData(
+        phase.zero, sharers, ranks / sharers, stride=stride, gradient=phase.gradient, optimizer_bytes=OPTIMIZERS[phase.optimizer]
+    )
+
+
+def apart(layout: Layout, layer: Layer | None) -> bool:
+    """Whether the layer is experts spread over ranks that hold the rest whole."""
+    return isinstance(layer, MoE) and not is_one(layout.ep)
 
 
 def refusals(system: System, phase: TrainStep) -> Iterator[str]:
@@ -62,15 +82,27 @@ def refusals(system: System, phase: TrainStep) -> Iterator[str]:
         if value not in known:
             yield f"--{name} {value}: not modelled in a step; use one of {', '.join(known)}"
             return
-    for name in ("ep", "dp_attention", "dcp", "helix"):
+    for name in ("dcp", "helix"):
         if getattr(layout, name) > 1:
-            yield f"--{name.replace('_', '-')} {int(getattr(layout, name))}: not modelled in training; use --tp, --sp, --cp, --ulysses, --pp, --dp"
+            yield f"--{name} {int(getattr(layout, name))}: not modelled in training; use --tp, --sp, --cp, --ulysses, --pp, --dp, --ep"
             return
+    if layout.dp_attention > 1 and is_one(layout.ep):
+        yield f"--dp-attention {int(layout.dp_attention)}: in training it is the replicas that share experts; use --ep with it, or --dp"
+        return
+    if phase.sharers is not None and not is_one(layout.ep):
+        yield f"sharers {int(phase.sharers)}: not modelled with experts over {int(layout.ep)} ranks; leave it out"
+        return
     if layout.cp > 1 and layout.passing in ("q", "auto"):
         yield f"--cp-passing {layout.passing}: queries go round in serving alone, no backward pass does so; use kv, gather or double"
         return
-    if phase.batch % layout.dp:
-        yield f"--batch {int(phase.batch)}: replicas take equal numbers of sequences; use a multiple of --dp {int(layout.dp)}"
+    whole = int(replicas(layout) * phase.micro)
+    if phase.batch % whole:
+        each = f"--dp {whole}" if whole == layout.dp else f"{whole} (replicas x sequences of a microbatch)"
+        yield f"--batch {int(phase.batch)}: replicas take equal numbers of sequences; use a multiple of {each}"
+        return
+    ranks = replicas(layout) * layout.cp * layout.ulysses
+    if phase.sharers is not None and ranks % phase.sharers:
+        yield f"sharers {int(phase.sharers)}: {int(ranks)} ranks hold the same weights; use a divisor"
         return
     if phase.chunks > 1 and phase.schedule != "interleaved":
         yield f"--model-chunks {phase.chunks}: only --schedule interleaved splits stages into chunks; leave it out"
@@ -78,14 +110,21 @@ def refusals(system: System, phase: TrainStep) -> Iterator[str]:
     yield from schedule(layout, phase).refusals()
 
 
+def _travel(shared: ShardedData) -> bool:
+    """Whether more than one rank holds the same weights."""
+    return not is_one(shared.ranks * shared.replicas)
+
+
 class _Passes:
     """Every layer's forward and backward on one rank, each made once."""
 
     def __init__(self, system: System, phase: TrainStep) -> None:
         self.system, self.phase, self.states = system, phase, states(system.layout, phase)
-        self.segments = (Segment(system.layout.dp * 1.0, phase.context, 0.0),)
+        #: Those of experts that are spread over ranks.
+        self.experts = next((states(system.layout, phase, x) for x in system.model.layers if apart(system.layout, x)), self.states)
+        self.segments = (Segment(replicas(system.layout) * phase.micro * 1.0, phase.context, 0.0),)
         self.made: dict[tuple[str, Layer], Later] = {}
-        self.shared = not is_one(self.states.ranks)
+        self.shared = _travel(self.states)
 
     def parameters(self, layer: Layer) -> Count:
         """Weights of one rank."""
@@ -108,10 +147,15 @@ class _Passes:
 
     def _with_states(self, layer: Layer, direction: Direction, *, last: bool) -> Work:
         work = self.plain(layer, direction)
-        if not self.shared:
+        shared = self.experts if apart(self.system.layout, layer) else self.states
+        if not _travel(shared):
             return work
         each = self.phase.zero >= 2 if direction is Direction.BACKWARD else self.phase.zero == 3  # noqa: PLR2004 (ZeRO's stages)
-        return self.states.around(work, self.parameters(layer), direction) if each or (last and direction is Direction.BACKWARD) else work
+        if not each and not (last and direction is Direction.BACKWARD):
+            return work
+        if self.phase.overlaps:
+            return shared.around(work, self.parameters(layer), direction)
+        return Serial([work, *shared.beside(self.parameters(layer), direction)])
 
     def _later(self, name: str, layer: Layer, make: Callable[[], Work]) -> Later:
         return self.made.setdefault((name, layer), Later(make))
@@ -161,7 +205,7 @@ def work(system: System, phase: TrainStep) -> Work:
     back = [Flow(m - 1.0 if once else m, back_through(last=False), times=system.times[::-1])]
     if once:
         back.append(Flow(1.0, back_through(last=True), times=system.times[::-1]))
-    update = _update(passes, max(float(_stage_parameters(passes, s)) for s in system.stages))
+    update = _update(passes, max((_owned(passes, s) for s in system.stages), key=lambda owned: float(sum(count for _, count in owned))))
     if len(system.stages) == 1 and is_one(layout.pp):
         return Serial([*(Repeat(f.count, f.stages[0]) for f in (*flows, *back)), *update])
     if phase.schedule == "interleaved":
@@ -170,25 +214,36 @@ def work(system: System, phase: TrainStep) -> Work:
     return Serial([Pipeline(flows), Pipeline(back), *update])
 
 
-def _stage_parameters(passes: _Passes, stage: Stage) -> Count:
-    """Weights of a rank of one stage; the last of several holds a tied embedding once more."""
-    model = passes.system.model
-    total: Count = stage.first * passes.parameters(model.embedding) + stage.last * passes.parameters(model.head)
+def _owned(passes: _Passes, stage: Stage) -> list[tuple[ShardedData, Count]]:
+    """Weights of a rank of one stage, by who shares them: experts over ranks last.  The last of several stages holds a tied embedding
+    once more.
+    """
+    model, layout = passes.system.model, passes.system.layout
+    whole: Count = stage.first * passes.parameters(model.embedding) + stage.last * passes.parameters(model.head)
     if model.head.tied:
-        total = total + stage.last * (1 - stage.first) * passes.parameters(model.embedding)
+        whole = whole + stage.last * (1 - stage.first) * passes.parameters(model.embedding)
+    spread: Count = 0.0
     for count, block in zip(stage.counts, model.kinds, strict=True):
-        total = total + count * sum(float(passes.parameters(layer)) for layer in block)
-    return total
+        whole = whole + count * sum(float(passes.parameters(layer)) for layer in block if not apart(layout, layer))
+        spread = spread + count * sum(float(passes.parameters(layer)) for layer in block if apart(layout, layer))
+    return [(passes.states, whole)] if passes.experts is passes.states else [(passes.states, whole), (passes.experts, spread)]
 
 
-def _update(passes: _Passes, count: float) -> list[Work]:
+def _update(passes: _Passes, owned: Sequence[tuple[ShardedData, Count]]) -> list[Work]:
     """Read gradient, master and moments, write weight, master and moments of this rank's share; then weights return."""
-    shared = passes.states
-    rows = count / (shared.ranks if passes.phase.zero else 1.0)
-    moved = OPTIMIZERS[passes.phase.optimizer] + BF16.bytes
-    update: list[Work] = [elementwise("optimizer", rows=rows, read=moved, written=moved, impl="activation", dtype=INT8)]
-    if passes.shared and passes.phase.zero in (1, 2):
-        update.append(message("updated weights", "all_gather", group=shared.group, payload_bytes=count * BF16.bytes))
+    zero, kept = passes.phase.zero, OPTIMIZERS[passes.phase.optimizer]
+    rows = sum(count / (shared.ranks if zero else 1.0) for shared, count in owned)
+    update: list[Work] = [
+        elementwise(
+            "optimizer", rows=rows, read=kept + passes.phase.gradient.bytes, written=kept + BF16.bytes, impl="activation", dtype=INT8
+        )
+    ]
+    if zero in (1, 2):
+        update += [
+            message("updated weights", "all_gather", group=shared.group, payload_bytes=count * BF16.bytes)
+            for shared, count in owned
+            if _travel(shared) and float(count)
+        ]
     return update
 
 
@@ -199,7 +254,7 @@ def footprint(system: System, phase: TrainStep) -> Footprint:
     work holds what its ops hold in turn, forward and backward, beside the gradient of the residual stream.
     """
     passes, layout = _Passes(system, phase), system.layout
-    plan, shared = schedule(layout, phase), states(layout, phase)
+    plan, shared = schedule(layout, phase), passes.states
     tokens = layout.shard(system.model.embedding, passes.segments).tokens / layout.sp
     inputs = tokens * (system.model.hidden_size * system.model.streams * BF16.bytes)
     kept = [_kept(passes, block) for block in system.model.kinds]
@@ -215,8 +270,11 @@ def footprint(system: System, phase: TrainStep) -> Footprint:
             if count:
                 running = maximum(running, inputs + (peak if phase.recompute == "full" else peak - net))
         running = maximum(running, stage.last * heads)
-        owned = _stage_parameters(passes, stage)
-        part = shared.footprint(owned, gathered)
+        part, *more = (who.footprint(count, gathered if who is shared else 0.0) for who, count in _owned(passes, stage))
+        for other in more:
+            part = replace(
+                part, weights=part.weights + other.weights, gradients=part.gradients + other.gradients, optimizer=part.optimizer + other.optimizer
+            )
         if phase.optimizer == "muon":
             ends = stage.first * passes.parameters(system.model.embedding) + stage.last * passes.parameters(system.model.head)
             part = replace(part, optimizer=part.optimizer + ends * (ADAM_BYTES - OPTIMIZERS["muon"]) / (shared.ranks if phase.zero else 1.0))
@@ -249,8 +307,8 @@ def warnings(system: System, phase: TrainStep) -> list[str]:
         share = 5 * system.model.hidden_size / float(phase.batch * phase.context)
         found.append(f"Muon's Newton-Schulz iterations are not counted: at most {share:.1%} of the step's matrix products (5 D / tokens)")
     experts = any(isinstance(layer, MoE) for layer in system.model.layers)
-    if experts:
-        found.append("experts are held whole by every replica, split over tensor ranks only: expert parallelism in training is not modelled")
+    if experts and is_one(system.layout.ep):
+        found.append("experts are held whole by every replica, split over tensor ranks only; --ep with --dp-attention spreads them")
     if any(not isinstance(layer, (Attention, LatentAttention)) for _, layer in system.model.mixers) and not is_one(system.layout.cp):
         found.append("mixers without a ring gather their rows again in the backward; their gradients' way back is not counted")
     return found

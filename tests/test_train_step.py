@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from simulator import Calibration, Layout, estimate, train_step
+from simulator.dtypes import FP32
 from simulator.hf import with_formats
-from simulator.layers import Head
+from simulator.layers import Head, MoE
+from simulator.layers.layer import parameters
 from simulator.model import ModelSpec
 from simulator.parallel.schedules import Schedule
+from simulator.passes import Passes, Row, rows
 from simulator.phases import System, TrainStep
 from simulator.work import Leaf, Message, Op, SecondsOverlapped, fold, quantity
 from tests.support import HYBRID, MAIN, machine, model
@@ -122,6 +126,89 @@ def test_ranks_with_the_same_weights_share_their_gradients(layout: Layout) -> No
     assert train_step.states(layout, TrainStep(TOKENS)).ranks == 4
 
 
+def test_larger_microbatches_do_the_same_work_in_fewer_runs() -> None:
+    """Two sequences at once: the FLOPs of one after the other, half the gathers of ZeRO-3, twice what a microbatch keeps."""
+    layout = Layout(dp=4)
+    single, double = (tree(LLAMA, layout, batch=16.0, zero=3, micro=micro) for micro in (1.0, 2.0))
+    assert total(single, "model_flops") == pytest.approx(total(double, "model_flops"), rel=1e-12)
+    assert total(single, "wire_bytes") == pytest.approx(2 * total(double, "wire_bytes"), rel=1e-12)
+    kept = [float(train_step.footprint(System(trained(LLAMA), layout), TrainStep(TOKENS, 16.0, micro=m)).activations) for m in (1.0, 2.0)]
+    assert kept[1] == pytest.approx(2 * kept[0], rel=1e-9)
+
+
+def test_gradients_in_fp32_take_and_send_four_bytes() -> None:
+    """ZeRO-1 over 4: (n - 1) / n P (4 + 2) bytes a step; the update reads 2 more."""
+    spec, layout = trained(LLAMA), Layout(dp=4)
+    count = float(spec.parameters())
+    work = tree(LLAMA, layout, batch=4.0, gradient=FP32)
+    assert total(work, "wire_bytes") == pytest.approx(3 / 4 * count * 6, rel=1e-3)
+    assert train_step.footprint(System(spec, layout), TrainStep(TOKENS, 4.0, gradient=FP32)).gradients == pytest.approx(4 * count)
+    (update,) = [row for row in _ops(tree(LLAMA, Layout(), zero=0, gradient=FP32)) if row.name == "optimizer"]
+    assert float(update.hbm_bytes) == pytest.approx(30 * count, rel=1e-6)
+
+
+def test_states_shared_by_neighbours_are_held_once_by_each_group() -> None:
+    """8 replicas, states over 2: 12 / 2 bytes of optimizer a parameter; shards are then summed over the 4 groups."""
+    spec, layout = trained(LLAMA), Layout(dp=8)
+    step = TrainStep(TOKENS, 8.0, sharers=2.0)
+    assert train_step.footprint(System(spec, layout), step).optimizer == pytest.approx(12 * spec.parameters() / 2)
+    sent = float(spec.parameters()) * 2 * (1 / 2 + 2 * 3 / 4 / 2 + 1 / 2)
+    assert total(train_step.work(System(spec, layout), step), "wire_bytes") == pytest.approx(sent, rel=1e-3)
+
+
+SPARSE = "Qwen/Qwen3-30B-A3B"
+
+
+def sparse_counts() -> tuple[float, float]:
+    """(weights of the layers with experts, all others) of the whole model."""
+    spec = trained(SPARSE)
+    experts = sum(n * float(parameters(layer, layer.whole(()))) for n, layer in spec.counted if isinstance(layer, MoE))
+    return experts, float(spec.parameters()) - experts
+
+
+def test_experts_over_ranks_are_shared_by_fewer_than_the_rest() -> None:
+    """2 x 4 replicas, experts over 4: every rank holds a quarter of them, its optimizer shared by 2; the rest by 8."""
+    layout, step = Layout(dp=2, dp_attention=4, ep=4), TrainStep(TOKENS, 8.0)
+    experts = next(layer for layer in trained(SPARSE).layers if isinstance(layer, MoE))
+    assert (train_step.states(layout, step).ranks, train_step.states(layout, step, experts).ranks) == (8, 2)
+    spread, whole = sparse_counts()
+    held = train_step.footprint(System(trained(SPARSE), layout), step)
+    router = 48 * (128 * 2048 + 2048)
+    assert held.weights == pytest.approx(2 * (whole + (spread - router) / 4 + router), rel=1e-6)
+    assert held.optimizer == pytest.approx(12 * (whole / 8 + ((spread - router) / 4 + router) / 2), rel=1e-6)
+
+
+def test_rows_travel_to_experts_and_back_in_both_directions() -> None:
+    spec, layout = trained(SPARSE), Layout(dp_attention=4, ep=4)
+    sent = Counter[str]()
+    for row in _rows(train_step.work(System(spec, layout), TrainStep(TOKENS, 4.0))):
+        sent[row.op.name] += round(float(row.count)) if isinstance(row.op, Message) else 0
+    assert sent["dispatch"] == sent["combine"] == 2 * 48
+    assert "dispatch" not in {op.name for op in _ops(train_step.work(System(spec, Layout(dp=4)), TrainStep(TOKENS, 4.0)))}
+
+
+def test_sharers_are_not_taken_with_experts_over_ranks() -> None:
+    (line,) = train_step.refusals(System(trained(SPARSE), Layout(dp_attention=4, ep=4)), TrainStep(TOKENS, 4.0, sharers=2.0))
+    assert line.startswith("sharers 2: not modelled with experts over 4 ranks")
+
+
+def test_traffic_of_states_is_hidden_only_where_it_overlaps() -> None:
+    spec, on = trained(LLAMA), machine(gpus=8)
+    beside, after = (
+        estimate(spec, on, Layout(dp=8), TrainStep(TOKENS, 8.0, overlaps=how), calibration=Calibration.load(on.gpu)) for how in (True, False)
+    )
+    assert after.wire_bytes == beside.wire_bytes
+    sent = sum(float(row.seconds) for row in after.rows if row.op.name == "scatter gradients")
+    assert 0.5 * sent < after.seconds.value - beside.seconds.value <= sent * (1 + 1e-9)
+
+
+def test_a_model_in_fp8_multiplies_all_three_products_in_fp8() -> None:
+    work = train_step.work(System(with_formats(model(LLAMA), "fp8", None), Layout()), TrainStep(TOKENS))
+    products = {op.name: op.family[2] for op in _ops(work) if op.family[0] == "gemm"}
+    assert {products[name] for name in ("gate up", "gate up dX", "gate up dW", "down dW", "qkv dX", "o dW")} == {"fp8"}
+    assert {products[name] for name in ("lm head", "lm head dW")} == {"bf16"}
+
+
 # ---- memory
 
 
@@ -174,12 +261,19 @@ def test_the_first_stage_keeps_the_microbatches_in_flight(name: str, more: int) 
         (Layout(pp=4), {"schedule": "dualpipe"}, "--schedule dualpipe"), (Layout(pp=4), {"schedule": "interleaved", "batch": 6.0}, "no multiple of 4"),
         (Layout(tp=8, dcp=2), {}, "--dcp 2"), (Layout(), {"chunks": 2}, "--model-chunks 2"), (Layout(), {"zero": 4}, "--zero 4"),
         (Layout(cp=4, passing="q"), {}, "--cp-passing q"), (Layout(cp=4, passing="auto"), {}, "--cp-passing auto"),
+        (Layout(dp=4), {"batch": 12.0, "micro": 2.0}, "use a multiple of 8 (replicas x sequences of a microbatch)"),
+        (Layout(dp_attention=4), {"batch": 4.0}, "--dp-attention 4: in training it is the replicas that share experts"),
     ],
     ids=str,
 )  # fmt: skip
 def test_what_cannot_be_trained_so_is_refused(layout: Layout, asked: dict[str, Any], told: str) -> None:
     lines = list(train_step.refusals(System(trained(BIG), layout), TrainStep(TOKENS, **asked)))
     assert any(told in line and line.startswith("--") for line in lines)
+
+
+def test_sharers_that_do_not_divide_those_with_the_same_weights_are_refused() -> None:
+    (line,) = train_step.refusals(System(trained(LLAMA), Layout(dp=8)), TrainStep(TOKENS, 8.0, sharers=3))
+    assert line == "sharers 3: 8 ranks hold the same weights; use a divisor"
 
 
 def test_the_update_reads_and_writes_every_state_once() -> None:
@@ -189,6 +283,8 @@ def test_the_update_reads_and_writes_every_state_once() -> None:
 
 
 def _ops(work: Any) -> list[Op]:
-    from simulator.passes import Passes, rows
+    return [row.op for row in _rows(work)]  # type: ignore[misc]
 
-    return [row.op for row in rows(fold(work, Passes(lambda _: 0.0)), lambda _: 0.0)]
+
+def _rows(work: Any) -> list[Row]:
+    return rows(fold(work, Passes(lambda _: 0.0)), lambda _: 0.0)

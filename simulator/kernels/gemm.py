@@ -88,10 +88,12 @@ def gemm_backward(
     """Both products of the backward pass: dX = dY W^T and dW = X^T dY, 2 m n k each.
 
     `freed_bytes` of saved activations are released.  dX is made first, so that it lives beside dY until dW is made; X was
-    saved, and dW goes into the buffer that holds gradients.  Source: definition.
+    saved, and dW goes into the buffer that holds gradients.  Both operands of dW are activations in the format of the product (in fp8
+    training all three products are fp8).  Source: definition; Transformer Engine's recipes.
     """
     dx = gemm(f"{name} dX", m=m, n=k, k=n, weight=weight)
-    dw = gemm(f"{name} dW", m=k, n=n, k=m, out=gradient)
+    both = weight if weight is W_BF16 else WeightFormat(weight.activation.name, weight.activation.bits, weight.math, weight.activation)
+    dw = gemm(f"{name} dW", m=k, n=n, k=m, weight=both, out=gradient)
     alive = dx.aside
     dw.aside = lambda: Aside(live_bytes=alive().live_bytes, saved_bytes=-freed_bytes)
     return Serial([dx, dw])

@@ -74,8 +74,12 @@ class ShardedData:
         """A layer's work with its share of the traffic: the next layer's weights arrive, and the last one's gradients leave,
         while it computes.
         """
-        beside = [m for m in self.messages(parameters, direction) if m.name != "updated weights"]
+        beside = self.beside(parameters, direction)
         return Overlap([work, Serial(beside)]) if beside else work
+
+    def beside(self, parameters: Count, direction: Direction) -> list[Message]:
+        """The messages of a layer itself; updated weights go once, after the step."""
+        return [m for m in self.messages(parameters, direction) if m.name != "updated weights"]
 
     def messages(self, parameters: Count, direction: Direction) -> list[Message]:
         """What a rank sends for a layer of `parameters`: forward, or backward with what precedes the next step."""
