@@ -19,8 +19,10 @@ from simulator.estimate import Interval, estimate
 from simulator.hardware import Cluster
 from simulator.hf import load_model, with_formats
 from simulator.layers import MLP, Attention
+from simulator.layers.layer import parameters
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
+from simulator.parallel.sharded_data import ShardedData
 from simulator.phases import System, TrainStep
 from simulator.published.kernels import MS
 from simulator.published.table import Asked, Measurement, machine, refuse, spec
@@ -314,10 +316,17 @@ def long_sequences(row: Measurement) -> Asked:
 
 
 def recomputation_paper(row: Measurement) -> Asked:
-    """Korthikanti et al. 2022, whose attention is not fused."""
-    if row.other_inputs == "weights+grads+Adam":
-        refuse("a training step: counts the weights of layers alone, without embedding and head")
-    refuse("a training step: attention that keeps its scores and dropout masks (not fused) is not modelled in training")
+    """Korthikanti et al. 2022, whose attention is not fused; weights, gradients in fp32 and Adam of a GPU's layers (18 bytes a parameter),
+    without embedding and head, by its formula for GPT's layers with their biases.
+    """
+    if row.other_inputs != "weights+grads+Adam":
+        refuse("a training step: attention that keeps its scores and dropout masks (not fused) is not modelled in training")
+    width, heads, layers = (int(found) for found in re.findall(r"(?:hidden|heads|layers)=(\d+)", row.model))
+    mixer = Attention(width, heads, heads, width // heads, attention_bias=True, output_bias=True, norm_parameters=2)
+    block = (mixer, MLP(width, 4 * width, mlp_bias=True, norm_parameters=2))
+    count = layers * sum(float(parameters(layer, layer.whole(()))) for layer in block) / (row.number("tp") * row.number("pp"))
+    held = float(ShardedData(0, 1, gradient=FP32).footprint(count).total)
+    return Asked(float(row.value) * 2.0**30, "B", lambda _: Interval(held, held, held, "analytic"), machine(row))
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
