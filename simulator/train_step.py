@@ -302,7 +302,7 @@ def _kept(passes: _Passes, block: Sequence[Layer]) -> tuple[Bytes, Bytes]:
 
 def warnings(system: System, phase: TrainStep) -> list[str]:
     """What is left out, with its bound."""
-    found = ["training in bf16 with bf16 gradients: the checkpoint's own formats are not trained in"]
+    found = [f"training in bf16 with {phase.gradient.name} gradients: the checkpoint's own formats are not trained in"]
     if phase.optimizer == "muon":
         share = 5 * system.model.hidden_size / float(phase.batch * phase.context)
         found.append(f"Muon's Newton-Schulz iterations are not counted: at most {share:.1%} of the step's matrix products (5 D / tokens)")
