@@ -152,7 +152,7 @@ def test_balanced_choices_give_every_rank_and_expert_as_many_rows(ranks: int, to
 
 #: What every process runs: each tiny case once, for its error and for what it hands over.
 PROGRAM = """
-import json, sys, datetime
+import json, os, sys, datetime
 import torch
 import torch.distributed as dist
 from microbench.ring import collectives, decode, experts, handover, tensor
@@ -172,7 +172,9 @@ for module in (collectives, decode, handover, experts, tensor):
         found.append([which.key, error, dict(transport.counted)])
 dist.barrier()
 dist.destroy_process_group()
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
+# a thread of gloo that still winds up would abort the interpreter that leaves before it
+os._exit(0)
 """
 
 
