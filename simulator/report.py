@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from simulator import train_step
 from simulator.calibration import Calibration
 from simulator.compare_cp import Contender
 from simulator.engines.vllm import Capacity, Vllm
@@ -522,7 +523,7 @@ def training(estimate: Estimate) -> dict[str, Any]:
     step_tokens = float(phase.batch * phase.context)
     useful = estimate.model_flops / float(estimate.cluster.gpu.peak_flops_per_s("bf16"))
     return {
-        "tokens": step_tokens, "microbatches": float(phase.batch) / float(estimate.layout.dp),
+        "tokens": step_tokens, "microbatches": float(train_step.schedule(estimate.layout, phase).microbatches),
         "tokens_per_s_per_gpu": estimate.seconds.inverse(step_tokens / gpus).document(), "mfu": estimate.seconds.inverse(useful).document(),
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simulator import Calibration, Layout, estimate, train_step
+from simulator import Calibration, Layout, estimate, report, train_step
 from simulator.dtypes import FP32
 from simulator.hf import with_formats
 from simulator.layers import Head, MoE
@@ -124,6 +124,26 @@ def test_one_rank_sends_nothing(zero: int) -> None:
 @pytest.mark.parametrize("layout", [Layout(dp=4), Layout(cp=4), Layout(cp=2, dp=2), Layout(ulysses=2, dp=2)], ids=str)
 def test_ranks_with_the_same_weights_share_their_gradients(layout: Layout) -> None:
     assert train_step.states(layout, TrainStep(TOKENS)).ranks == 4
+
+
+@pytest.mark.parametrize("name", [*MAIN, *HYBRID])
+def test_a_line_of_a_step_is_of_one_direction_and_a_message_or_a_kernel(name: str) -> None:
+    spec = trained(name)
+    experts = any(isinstance(layer, MoE) for layer in spec.layers)
+    layout = Layout(dp_attention=2, ep=2) if experts else Layout(dp=2)
+    passed = fold(train_step.work(System(spec, layout), TrainStep(TOKENS, 2.0)), Passes(lambda _: 1.0))
+    ops = [op for op in {**passed.longest, **passed.beside} if isinstance(op, Op)]
+    sent = {op.name for op in {**passed.longest, **passed.beside} if isinstance(op, Message)}
+    assert sent.isdisjoint(op.name for op in ops)
+    back = {op.name for op in ops if op.kernel == "attention_backward" or "backward" in (*op.shape, op.impl)}
+    assert back
+    assert all(name.endswith("backward") for name in back)
+
+
+def test_replicas_that_share_experts_have_microbatches_of_their_own() -> None:
+    found = estimate(trained(SPARSE), machine("h200", 8), Layout(dp_attention=8, ep=8), TrainStep(TOKENS, 64.0), calibration=Calibration.none())
+    assert report.training(found)["microbatches"] == 8
+    assert report.training(found)["tokens"] == 64 * TOKENS
 
 
 def test_larger_microbatches_do_the_same_work_in_fewer_runs() -> None:

@@ -328,7 +328,7 @@ def attention(
         )  # fmt: skip
     executed = scores * (2.0 * (3 * d_k + 2 * d_v))
     return Op(
-        name, "attention_backward", impl, dtype.name, tensor_flops=executed, exponentials=scores,
+        f"{name} backward", "attention_backward", impl, dtype.name, tensor_flops=executed, exponentials=scores,
         model_flops=2 * forward,
         hbm_bytes=2 * io_bytes + tokens * heads * (d_v * dtype.bytes + 4.0) + 2 * live * row_bytes,
         shape=shape, aside=lambda: Aside(scores * 8.0, gradients(), -saved()),

@@ -111,7 +111,7 @@ def recurrent(
             hbm_bytes=io_bytes + 2.0 * passed, shape=shape, aside=lambda: Aside(tokens * state * (3.0 / chunk), io_bytes + passed, io_bytes),
         )  # fmt: skip
     return Op(
-        name, "chunk_scan", impl, dtype.name, tensor_flops=2.5 * executed, model_flops=2 * useful,
+        f"{name} backward", "chunk_scan", impl, dtype.name, tensor_flops=2.5 * executed, model_flops=2 * useful,
         hbm_bytes=2.0 * io_bytes + 4.0 * passed, shape={**shape, "backward": 1.0}, aside=lambda: Aside(tokens * state * (6.0 / chunk), 2 * io_bytes, -io_bytes),
     )  # fmt: skip
 
@@ -140,7 +140,7 @@ def selective_scan(
     kept = segment.sequences * (channels * (2.0 * state * state_dtype.bytes)) * where(segment.new_tokens > 0, 1.0, 0.0)
     times = 3.0 if backward else 1.0
     return Op(
-        name, "selective_scan", "decode" if segment.split_kv else "prefill", FP32.name, tensor_flops=flops * times,
+        f"{name} backward" if backward else name, "selective_scan", "decode" if segment.split_kv else "prefill", FP32.name, tensor_flops=flops * times,
         exponentials=tokens * (channels * float(state)), model_flops=flops * (2.0 if backward else 1.0),
         hbm_bytes=moved * (2.0 if backward else 1.0) + kept,
         shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "channels": channels, "state": float(state),
@@ -169,7 +169,8 @@ def long_convolution(name: str, segment: Segment, *, channels: Num, state: int, 
         moved = io_bytes + segment.sequences * (channels * (segment.mean_prefix * BF16.bytes))
     times = 2.0 if backward else 1.0
     return Op(
-        name, "long_convolution", "", FP32.name, tensor_flops=flops * times, model_flops=flops * times, hbm_bytes=moved * times,
+        f"{name} backward" if backward else name, "long_convolution", "", FP32.name, tensor_flops=flops * times, model_flops=flops * times,
+        hbm_bytes=moved * times,
         shape={**shape, "passes": times}, aside=lambda: Aside(flops * times, moved * times),
     )  # fmt: skip
 
@@ -183,7 +184,7 @@ def short_convolution(name: str, *, tokens: Tokens, channels: Num, kernel: int, 
     moved: Bytes = tokens * (channels * (2.0 * dtype.bytes))
     times = 2.0 if backward else 1.0
     return Op(
-        name, "elementwise", "convolution", dtype.name, hbm_bytes=moved * times,
+        f"{name} backward" if backward else name, "elementwise", "convolution", dtype.name, hbm_bytes=moved * times,
         shape={"rows": tokens, "row_bytes": channels * (2.0 * dtype.bytes * times)},
         aside=lambda: Aside(flops * times, moved, -moved * 0.5 if backward else moved * 0.5),
     )  # fmt: skip

@@ -318,7 +318,7 @@ def sparse_attention(
             aside=lambda: Aside(scores * 5.0, io_bytes, saved()),
         )  # fmt: skip
     return Op(
-        name, "sparse_attention", "backward", dtype.name, tensor_flops=scores * (2.0 * (3 * head_dim + 2 * v_head_dim)),
+        f"{name} backward", "sparse_attention", "backward", dtype.name, tensor_flops=scores * (2.0 * (3 * head_dim + 2 * v_head_dim)),
         exponentials=scores, model_flops=2 * forward,
         hbm_bytes=moved + io_bytes + tokens * heads * (v_head_dim * dtype.bytes + 4.0) + segment.sequences * live * row_bytes,
         shape={**shape, "backward": 1.0}, aside=lambda: Aside(scores * 8.0, 2 * io_bytes, -saved()),
@@ -353,7 +353,7 @@ def index_scores(
     queries = segment.tokens * (heads * head_dim * BF16.bytes)
     moved = (segment.sequences * seen.live * cache.row_bytes(row) + queries) * times
     return Op(
-        name, "index_scores", "", dtype.name, tensor_flops=flops, model_flops=flops, hbm_bytes=moved,
+        f"{name} backward" if backward else name, "index_scores", "", dtype.name, tensor_flops=flops, model_flops=flops, hbm_bytes=moved,
         shape={"sequences": segment.sequences, "tokens": segment.new_tokens, "keys": seen.keys, "scored": scored,
                "heads": heads * 1.0, "head_dim": float(head_dim), "live": segment.sequences * seen.live, "row_bytes": cache.row_bytes(row),
                "passes": times},

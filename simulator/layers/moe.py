@@ -118,7 +118,7 @@ class MoE:
         router: Size = {"m": tokens, "n": float(self.num_experts), "k": width}
         sent = permute("permute", tokens=tokens, rows=rows, width=outer)
         gate = self._activation("expert activation", rows, inner)
-        summed = combine("combine", tokens=tokens, rows=rows, width=outer)
+        summed = combine("unpermute", tokens=tokens, rows=rows, width=outer)
         into: Size = {"m": tokens, "n": outer, "k": width}
         out_of: Size = {"m": tokens, "n": width, "k": outer}
         narrow = self.latent_size is not None
