@@ -17,6 +17,8 @@ from simulator.work import Op
 KERNELS: tuple[str, ...] = ("elementwise", "host_copy", "launch")
 WIDTHS = (2048, 4096, 8192, 16384)
 ROWS = (1, 16, 128, 1024, 4096, 16384, 65536)
+#: Rows handed from kernel to kernel: a width of 4096 fills an H200's L2 cache from 1,900 (norm) to 3,800 (copy) on.
+HANDED_ROWS = (128, 256, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096)
 STREAMS = ("read", "write", "stream")
 #: Between tokens and the rows of their experts.
 ROUTED = ("permute", "combine")
@@ -57,13 +59,40 @@ def cases(suite: str) -> list[Case]:
         found += [case("elementwise", "rotary", "bf16", rows=r, width=128 * heads, heads=heads) for r in ((16, 4096) if quick else ROWS)]
     sizes = (20, 24, 28, 32) if quick else tuple(range(16, 35, 2))
     found += [case("elementwise", impl, "bf16", rows=1, width=2**s // 2) for impl in STREAMS for s in sizes]
+    for impl in ("norm", "activation", "copy", "rotary"):
+        heads = {"heads": 4096 // HEAD_DIM} if impl == "rotary" else {}
+        wanted = (512, 2048) if quick else HANDED_ROWS
+        found += [case("elementwise", impl, "bf16", regime=HANDED, rows=r, width=4096, **heads) for r in wanted]
+    if not quick:
+        found += _between()
     sizes = (20, 28) if quick else (12, 16, 20, 24, 28, 30)
     found += [case("host_copy", impl, "bf16", bytes=2**s) for impl in ("to_device", "to_host") for s in sizes]
     return found + [case("launch", impl, "bf16", rows=1) for impl in ("eager", "graph", "turns")]
 
 
+def _between() -> list[Case]:
+    """What stands between the products of some layers: rows to experts and back, keys put together, sums."""
+    found = []
+    for regime, counts in (("steady", (1, 16, 128, 1024, 8192, 32768)), (HANDED, (256, 512, 1024, 2048, 8192, 32768))):
+        for experts, width in ((8, 2048), (4, 2880)):
+            for impl in ROUTED:
+                found += [case("elementwise", impl, "bf16", regime=regime, tokens=t, routed=experts * t, width=width) for t in counts]
+        for heads in (16, 128):
+            found += [case("elementwise", "join", "bf16", regime=regime, rows=r, heads=heads, plain=128, turned=64) for r in counts]
+        for width in (2048, 7168):
+            found += [case("elementwise", "add", "bf16", regime=regime, rows=r, width=width) for r in counts]
+    return found
+
+
 def op(which: Case) -> Op:
-    """Quantities: what is read and written once."""
+    """Quantities: what is read and written once, found in memory or, in the regime for it, where the kernel before left it."""
+    found = _op(which)
+    if which.kernel == "elementwise":
+        found.shape = {**found.shape, "handed": float(which.regime == HANDED)}
+    return found
+
+
+def _op(which: Case) -> Op:
     if which.kernel == "host_copy":
         return host_copy("copy", moved_bytes=float(which["bytes"]), direction=which.impl)
     if which.kernel == "launch":

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from microbench import decoder
-from microbench.case import LONGEST_FITTED, Case
+from microbench.case import HANDED, LONGEST_FITTED, Case
 from microbench.ring import collectives
 from microbench.ring import fit as rings
 from microbench.run import case_of, module_of, read, runs_of
@@ -34,7 +34,7 @@ from simulator.work import Op
 
 #: Constants a kernel is fitted by: start, least and largest value (all but the exponent in log).
 BOUNDS: dict[str, tuple[float, float, float]] = {
-    "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "sustained": (0.65, 0.2, 1.0),
+    "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "handed": (1.5, 0.1, 8.0), "sustained": (0.65, 0.2, 1.0),
     "depth_half": (150.0, 1.0, 4000.0), "split": (2.0, 1.0, 64.0), "variant": (0.9, 0.2, 1.5), "merge_s": (2e-8, 1e-10, 1e-6),
     "wave": (0.3, 0.01, 4.0), "window": (0.5, 0.001, 8.0), "launch_s": (3e-6, 2e-7, 6e-5),
 }  # fmt: skip
@@ -47,12 +47,14 @@ FREE: dict[str, tuple[str, ...]] = {
     "unfused_attention": ("tensor", "memory", "launch_s"),
     "decode_attention": ("tensor", "memory", "variant", "wave", "launch_s", "merge_s"),
     "latent_attention": ("tensor", "memory", "wave", "launch_s", "merge_s"),
-    "elementwise": ("memory", "launch_s"),
+    "elementwise": ("memory", "handed", "launch_s"),
     "host_copy": ("memory", "launch_s"),
 }
 POWERS = (1, 2, 4, 8)
 #: Fewest rows a family is fitted from.
 LEAST_ROWS = 5
+#: What a layer adds to a kernel that was measured after its like.
+TURN_S = observed("turn_s")
 Z80 = 1.2815515655446004
 Mask = npt.NDArray[np.bool_]
 
@@ -92,7 +94,9 @@ def stacked(ops: Sequence[Op]) -> Op:
 
 
 def gather(folder: Path) -> tuple[Gpu, dict[Family, Rows]]:
-    """The steady rows of a folder by family, of each case the newest.  Rows with inputs in the L2 cache are left out."""
+    """The steady rows of a folder by family, of each case the newest.  Rows with inputs in the L2 cache are left out, but for those
+    that were meant to find them there, as in a layer: they get the turn from another kernel that a layer adds.
+    """
     files = runs_of(folder)
     if not files:
         message = f"{folder}: holds no run; measure with `longctx bench --out {folder}` first"
@@ -104,9 +108,10 @@ def gather(folder: Path) -> tuple[Gpu, dict[Family, Rows]]:
         parts.add(facts.get("gpu", "unknown"))
         for row in rows:
             which = case_of(row)
-            if which.regime == "steady" and row["l2"] == "cold" and which.kernel not in UNFITTED and which.impl != "math":
+            cold = which.regime == "steady" and row["l2"] == "cold"
+            if (cold or which.regime == HANDED) and which.kernel not in UNFITTED and which.impl != "math":
                 op = module_of(which.kernel).op(which)
-                found[op.family][which] = float(row["p50_s"])
+                found[op.family][which] = float(row["p50_s"]) + (0.0 if cold else TURN_S * float(op.launches))
     if len(parts) > 1:
         message = f"{folder}: runs of several GPUs ({', '.join(sorted(parts))}); give each its own folder"
         raise ValueError(message)
@@ -135,7 +140,8 @@ def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
         use = np.ones(len(rows.cases), dtype=bool)
     # what no row shows is not fitted: it keeps its plain value
     windowed = any(case.get("window") for case in rows.cases)
-    names = tuple(n for n in FREE[rows.family[0]] if n != "window" or windowed)
+    handed = any(case.regime == HANDED for case in rows.cases)
+    names = tuple(n for n in FREE[rows.family[0]] if {"window": windowed, "handed": handed}.get(n, True))
     start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
     shared = Constants(heat=heat) if "sustained" in names else Constants()
     best: tuple[Constants, float] | None = None
@@ -380,7 +386,7 @@ RINGS_SIGMA = observed("rings_sigma")
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
     named = (
-        "tensor", "special", "memory", "sustained", "heat", "depth_half", "split", "variant", "wave", "window", "launch_s", "merge_s",
+        "tensor", "special", "memory", "handed", "sustained", "heat", "depth_half", "split", "variant", "wave", "window", "launch_s", "merge_s",
         "power", "sigma", "rows",
     )  # fmt: skip
     plain = Constants()

@@ -29,6 +29,7 @@ class Constants:
     """Constants of one family of ops.
 
     tensor, special, memory: shares of peak attained at saturation (`special` above 1: exponentials that hide behind products).
+    handed: the rate at which the L2 cache serves what kernels hand each other, over the HBM's peak (0: as `memory`).
     sustained: the share of the tensor peak that the board's power limit lets through when work goes on (0: no limit known);
     heat: the share of the power budget that memory takes at its peak rate.  depth_half: trip count of a tile's inner loop at
     half of the tensor rate.  split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last wave
@@ -40,6 +41,7 @@ class Constants:
     tensor: Fraction = 1.0
     special: Fraction = 1.0
     memory: Fraction = 1.0
+    handed: float = 0.0
     sustained: Fraction = 0.0
     heat: Fraction = 0.0
     depth_half: float = 0.0

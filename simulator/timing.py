@@ -2,7 +2,8 @@
 
 t = launch_s + (sum over resources of (work / (peak x attained))^p)^(1/p); p -> infinity is perfect overlap inside the
 kernel, p = 1 none.  attained(tensor) = tensor x fill(tiles, SMs) x depth / (depth + depth_half); attained(memory) and
-attained(special) are constants; a tile's exponentials add to its products (`special` says what remains of them once they
+attained(special) are constants; what a kernel finds in the L2 cache, because the one before it wrote it, moves at `handed` of the
+HBM's peak, which may exceed 1; a tile's exponentials add to its products (`special` says what remains of them once they
 overlap: it may exceed 1); the power limit is a resource of its own, on which useful products run at `sustained` of the
 peak whatever the tiling (an H200 does 780 TFLOP/s of bf16 for milliseconds and 670 for longer), and memory traffic takes `heat`
 of it.  launch_s is the one
@@ -19,10 +20,10 @@ import numpy as np
 
 from simulator.calibration import Calibration
 from simulator.collectives import Port, carry, port
-from simulator.hardware import Cluster
+from simulator.hardware import Cluster, Gpu
 from simulator.launch import fills, launch
-from simulator.units import Num, Seconds, maximum, minimum, raise_to, root, where
-from simulator.work import Demands, Group, Known, Leaf, Message, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
+from simulator.units import Bytes, Num, Seconds, maximum, minimum, raise_to, root, where
+from simulator.work import Demands, Group, Known, Leaf, Message, Op, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
 
 
 class Clock:
@@ -60,7 +61,7 @@ class Clock:
             return {"host": op.shape["seconds"]}
         if op.kernel == "host_copy":
             return {"link": op.hbm_bytes * (1 / gpu.host_bytes_per_s)}
-        found: dict[str, Seconds] = {"hbm": op.hbm_bytes * (1 / gpu.hbm_bytes_per_s)}
+        found: dict[str, Seconds] = {"hbm": least_traffic(op, gpu) * (1 / gpu.hbm_bytes_per_s)}
         if type(op.tensor_flops) is not float or op.tensor_flops:
             found["tensor"] = op.tensor_flops * (1 / self.peak(op.math))
             if self._counts_exponentials and (type(op.exponentials) is not float or op.exponentials):
@@ -87,6 +88,9 @@ class Clock:
         if constants.variant != 1.0:
             pace = where(launched.variant > 0, 1 / constants.variant, 1.0)
         parts = [moved * ((pace if launched.streams else 1.0) / (gpu.hbm_bytes_per_s * constants.memory))]
+        if constants.handed and (type(launched.found) is not float or launched.found):
+            served = moved * (1 / (gpu.hbm_bytes_per_s * constants.handed))
+            parts[0] = parts[0] + launched.found * (served - parts[0])
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
             slow = pace / fills(launched, constants.split, constants.wave)
             peak = self.peak(op.math)
@@ -144,6 +148,13 @@ def where_any(work: Num, seconds: Seconds) -> Seconds:
     if isinstance(work, np.ndarray) and np.minimum.reduce(work, axis=None) > 0:
         return seconds
     return where(work > 0, seconds, 0.0)
+
+
+def least_traffic(op: Op, gpu: Gpu) -> Bytes:
+    """What must pass through HBM: of what a kernel is handed a cache's worth may lie in the L2 cache, of what it hands on another."""
+    if op.kernel != "elementwise":
+        return op.hbm_bytes
+    return maximum(op.hbm_bytes - op.shape["handed"] * (2.0 * gpu.l2_bytes), 0.0)
 
 
 def least_wire(op: Message) -> Num:

@@ -20,10 +20,13 @@ def elementwise(
     flops_per_element: float = 4.0,
     kept: Num = 0.0,
     alive: Num | None = None,
+    handed: float = 1.0,
     extents: Mapping[str, Num] | None = None,
 ) -> Op:
     """`rows` rows that read and write so many elements each, and keep some for backward.  `alive` elements of a row exist while it
-    runs (None: all that is read and written; fewer where it writes over what it read).  `extents` are more names of its shape.
+    runs (None: all that is read and written; fewer where it writes over what it read).  `handed`: 1 where the kernel before it wrote
+    what it reads and the one after it reads what it writes, as within a layer; 0 where its rows lie cold in memory.  `extents` are
+    more names of its shape.
 
     bytes = rows (read + written) e; vector flops = flops_per_element x rows x read: never the limit.
     Source: FORMULAS 1.20 ("charge bytes, not FLOPs").
@@ -31,7 +34,7 @@ def elementwise(
     moved = rows * ((read + written) * dtype.bytes)
     return Op(
         name, "elementwise", impl, dtype.name, hbm_bytes=moved,
-        shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes, **(extents or {})},
+        shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes, "handed": handed, **(extents or {})},
         aside=lambda: Aside(
             rows * (read * flops_per_element), moved if alive is None else rows * (alive * dtype.bytes), rows * (kept * dtype.bytes)
         ),
@@ -57,13 +60,13 @@ def activation(name: str, *, tokens: Num, width: Num, dtype: DType = BF16) -> Op
 
 
 def backward(op: Op) -> Op:
-    """The gradient of an elementwise op: reads its inputs and the incoming gradient, frees what it saved.
+    """The gradient of an elementwise op: reads its inputs, saved long before, and the incoming gradient, frees what it saved.
 
     Alive beside what was saved: a gradient for every tensor that the op read or wrote.
     """
     found = elementwise(
         f"{op.name} backward", rows=1.0, read=op.hbm_bytes, written=op.hbm_bytes * 0.5, impl=op.impl, dtype=INT8,
-        kept=-op.saved_bytes, flops_per_element=2.0,
+        kept=-op.saved_bytes, flops_per_element=2.0, handed=0.0,
     )  # fmt: skip
     own, forward = found.aside, op.aside
     found.aside = lambda: own()._replace(live_bytes=forward().live_bytes)
