@@ -75,6 +75,14 @@ def model_of(kind: str) -> ModelSpec:
 
 def work(which: Case) -> Work:
     """The simulator's own tree of the case, with the implementations that run here."""
+    tree = _work(which)
+    for op in fold(tree, Passes(lambda _: 0.0)).longest:
+        if isinstance(op, Op):
+            op.impl = op.impl if op.kernel in PLAIN else RUNS.get(op.kernel, op.impl)
+    return tree
+
+
+def _work(which: Case) -> Work:
     kind, _, phase = which.impl.partition(".")
     spec, segment = model_of(kind), segment_of(which)
     if which.kernel == "model":
@@ -98,6 +106,8 @@ RUNS = {
     "gemm": "cublas", "batched_gemm": "cublas", "grouped_gemm": "cutlass", "attention": "cudnn", "attention_backward": "cudnn",
     "decode_attention": "triton", "latent_attention": "triton",
 }  # fmt: skip
+#: Kernels of which one implementation is known, whatever it is called.
+PLAIN = ("gemm", "batched_gemm")
 
 
 #: A kernel that moves fewer bytes is bound by latency: what memory moves in the two microseconds that a launch takes.

@@ -59,10 +59,11 @@ def cases(suite: str) -> list[Case]:
         found += [case("elementwise", "rotary", "bf16", rows=r, width=128 * heads, heads=heads) for r in ((16, 4096) if quick else ROWS)]
     sizes = (20, 24, 28, 32) if quick else tuple(range(16, 35, 2))
     found += [case("elementwise", impl, "bf16", rows=1, width=2**s // 2) for impl in STREAMS for s in sizes]
-    for impl in ("norm", "activation", "copy", "rotary"):
-        heads = {"heads": 4096 // HEAD_DIM} if impl == "rotary" else {}
-        wanted = (512, 2048) if quick else HANDED_ROWS
-        found += [case("elementwise", impl, "bf16", regime=HANDED, rows=r, width=4096, **heads) for r in wanted]
+    wanted = (512, 2048) if quick else HANDED_ROWS
+    for impl in ("norm", "activation", "copy"):
+        found += [case("elementwise", impl, "bf16", regime=HANDED, rows=r, width=4096) for r in wanted]
+    for heads in (32, 72):
+        found += [case("elementwise", "rotary", "bf16", regime=HANDED, rows=r, width=128 * heads, heads=heads) for r in wanted]
     if not quick:
         found += _between()
     sizes = (20, 28) if quick else (12, 16, 20, 24, 28, 30)
@@ -88,7 +89,7 @@ def op(which: Case) -> Op:
     """Quantities: what is read and written once, found in memory or, in the regime for it, where the kernel before left it."""
     found = _op(which)
     if which.kernel == "elementwise":
-        found.shape = {**found.shape, "handed": float(which.regime == HANDED)}
+        found.shape = {**found.shape, "handed_bytes": float(found.live_bytes) if which.regime == HANDED else 0.0}
     return found
 
 

@@ -27,6 +27,7 @@ from microbench.run import case_of, module_of, read, runs_of
 from simulator.calibration import Calibration, Constants, Family, MeasuredLink
 from simulator.data import data_path, observed
 from simulator.hardware import Cluster, Gpu, cluster, gpu
+from simulator.launch import launch
 from simulator.timing import Clock, seconds_expected
 from simulator.units import Array
 from simulator.validate import Compared
@@ -34,7 +35,7 @@ from simulator.work import Op
 
 #: Constants a kernel is fitted by: start, least and largest value (all but the exponent in log).
 BOUNDS: dict[str, tuple[float, float, float]] = {
-    "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "handed": (1.5, 0.1, 8.0), "sustained": (0.65, 0.2, 1.0),
+    "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "handed": (1.5, 0.1, 3.0), "sustained": (0.65, 0.2, 1.0),
     "depth_half": (150.0, 1.0, 4000.0), "split": (2.0, 1.0, 64.0), "variant": (0.9, 0.2, 1.5), "merge_s": (2e-8, 1e-10, 1e-6),
     "wave": (0.3, 0.01, 4.0), "window": (0.5, 0.001, 8.0), "launch_s": (3e-6, 2e-7, 6e-5),
 }  # fmt: skip
@@ -53,6 +54,8 @@ FREE: dict[str, tuple[str, ...]] = {
 POWERS = (1, 2, 4, 8)
 #: Fewest rows a family is fitted from.
 LEAST_ROWS = 5
+#: What a family that was hardly measured on handed rows attains of them.
+HANDED_RATE = observed("handed_rate")
 #: What a layer adds to a kernel that was measured after its like.
 TURN_S = observed("turn_s")
 Z80 = 1.2815515655446004
@@ -140,10 +143,13 @@ def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
         use = np.ones(len(rows.cases), dtype=bool)
     # what no row shows is not fitted: it keeps its plain value
     windowed = any(case.get("window") for case in rows.cases)
-    handed = any(case.regime == HANDED for case in rows.cases)
+    streams = rows.family[0] == "elementwise"
+    handed = streams and int((launch(op, machine.gpu).found * use > 0.5).sum()) >= LEAST_ROWS  # noqa: PLR2004 (mostly found)
     names = tuple(n for n in FREE[rows.family[0]] if {"window": windowed, "handed": handed}.get(n, True))
     start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
     shared = Constants(heat=heat) if "sustained" in names else Constants()
+    if streams and not handed:
+        shared = Constants(handed=HANDED_RATE)
     best: tuple[Constants, float] | None = None
     for power in POWERS:
 

@@ -92,7 +92,9 @@ def op(which: Case) -> Op:
     m, n, k = (float(which[name]) for name in ("m", "n", "k"))
     weight = WEIGHT_FORMATS[which.dtype]
     if which.kernel == "grouped_gemm":
-        return grouped_gemm("experts", rows=m, experts=float(which["experts"]), n=n, k=k, weight=weight)
+        found = grouped_gemm("experts", rows=m, experts=float(which["experts"]), n=n, k=k, weight=weight)
+        found.impl = which.impl
+        return found
     if which.kernel == "batched_gemm":
         return batched_gemm("batch", members=float(which["members"]), m=m, n=n, k=k)
     return gemm("gemm", m=m, n=n, k=k, weight=weight)

@@ -154,7 +154,7 @@ def least_traffic(op: Op, gpu: Gpu) -> Bytes:
     """What must pass through HBM: of what a kernel is handed a cache's worth may lie in the L2 cache, of what it hands on another."""
     if op.kernel != "elementwise":
         return op.hbm_bytes
-    return maximum(op.hbm_bytes - op.shape["handed"] * (2.0 * gpu.l2_bytes), 0.0)
+    return op.hbm_bytes - minimum(minimum(op.hbm_bytes, op.shape["handed_bytes"] * 2.0), 2.0 * gpu.l2_bytes)
 
 
 def least_wire(op: Message) -> Num:

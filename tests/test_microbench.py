@@ -234,10 +234,7 @@ def layers(folder: Path) -> list[tuple[Case, dict[str, str]]]:
 
 @profiles
 def test_whole_layers_take_the_sum_of_their_ops(folder: Path) -> None:
-    shipped = Calibration.load(gpu(folder.name))
-    # the layers run the Triton latent kernel, not the one engines use
-    latent = {("latent_attention", "", "bf16"): shipped.constants(("latent_attention", "triton", "bf16"))}
-    clock = Clock(cluster(folder.name, 1), replace(shipped, families={**shipped.families, **latent}))
+    clock = Clock(cluster(folder.name, 1), Calibration.load(gpu(folder.name)))
     ours = {which: float(seconds_expected(decoder.work(which), clock)) / float(row["p50_s"]) - 1 for which, row in layers(folder)}
     for which, error in ours.items():
         print(f"{which.impl:16} {which.extents:48} {error:+.1%}")

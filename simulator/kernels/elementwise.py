@@ -20,24 +20,23 @@ def elementwise(
     flops_per_element: float = 4.0,
     kept: Num = 0.0,
     alive: Num | None = None,
-    handed: float = 1.0,
+    handed: bool = True,
     extents: Mapping[str, Num] | None = None,
 ) -> Op:
     """`rows` rows that read and write so many elements each, and keep some for backward.  `alive` elements of a row exist while it
-    runs (None: all that is read and written; fewer where it writes over what it read).  `handed`: 1 where the kernel before it wrote
-    what it reads and the one after it reads what it writes, as within a layer; 0 where its rows lie cold in memory.  `extents` are
-    more names of its shape.
+    runs (None: all that is read and written; fewer where it writes over what it read).  `handed`: the kernel before it wrote what
+    it reads and the one after it reads what it writes, as within a layer; else its rows lie cold in memory.  `extents` are more names
+    of its shape.
 
     bytes = rows (read + written) e; vector flops = flops_per_element x rows x read: never the limit.
     Source: FORMULAS 1.20 ("charge bytes, not FLOPs").
     """
     moved = rows * ((read + written) * dtype.bytes)
+    held = moved if alive is None else rows * (alive * dtype.bytes)
     return Op(
         name, "elementwise", impl, dtype.name, hbm_bytes=moved,
-        shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes, "handed": handed, **(extents or {})},
-        aside=lambda: Aside(
-            rows * (read * flops_per_element), moved if alive is None else rows * (alive * dtype.bytes), rows * (kept * dtype.bytes)
-        ),
+        shape={"rows": rows, "row_bytes": (read + written) * dtype.bytes, "handed_bytes": held if handed else 0.0, **(extents or {})},
+        aside=lambda: Aside(rows * (read * flops_per_element), held, rows * (kept * dtype.bytes)),
     )  # fmt: skip
 
 
@@ -66,7 +65,7 @@ def backward(op: Op) -> Op:
     """
     found = elementwise(
         f"{op.name} backward", rows=1.0, read=op.hbm_bytes, written=op.hbm_bytes * 0.5, impl=op.impl, dtype=INT8,
-        kept=-op.saved_bytes, flops_per_element=2.0, handed=0.0,
+        kept=-op.saved_bytes, flops_per_element=2.0, handed=False,
     )  # fmt: skip
     own, forward = found.aside, op.aside
     found.aside = lambda: own()._replace(live_bytes=forward().live_bytes)

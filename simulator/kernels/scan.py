@@ -185,7 +185,7 @@ def short_convolution(name: str, *, tokens: Tokens, channels: Num, kernel: int, 
     times = 2.0 if backward else 1.0
     return Op(
         f"{name} backward" if backward else name, "elementwise", "convolution", dtype.name, hbm_bytes=moved * times,
-        shape={"rows": tokens, "row_bytes": channels * (2.0 * dtype.bytes * times), "handed": 0.0 if backward else 1.0},
+        shape={"rows": tokens, "row_bytes": channels * (2.0 * dtype.bytes * times), "handed_bytes": 0.0 if backward else moved},
         aside=lambda: Aside(flops * times, moved, -moved * 0.5 if backward else moved * 0.5),
     )  # fmt: skip
 

@@ -154,7 +154,7 @@ def azure(row: Measurement) -> Asked:
         return _timed_product(row, "fp8")
     if row.table_or_section == "HBM Bandwidth":
         read, written = _STREAMS[row.kernel_or_engine.split()[-1]]
-        op = elementwise("stream", rows=2.0**25, read=read, written=written, impl="copy", dtype=DType("fp64", 64), handed=0.0)
+        op = elementwise("stream", rows=2.0**25, read=read, written=written, impl="copy", dtype=DType("fp64", 64), handed=False)
         return timed(op, machine(row), float(op.hbm_bytes) / (float(row.value) * GIGA))
     if row.table_or_section == "NV Bandwidth":
         refuse("copies over the host link or peer to peer are no kernel here")
