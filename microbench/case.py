@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from simulator.work import Op
@@ -13,12 +13,15 @@ from simulator.work import Op
 LONGEST_FITTED = 32_768
 #: The regime of a kernel whose inputs another kernel has just written: one set of them, in the L2 cache as far as it fits.
 HANDED = "handed"
+#: The regime of a part in the company of its layer begins so, and goes on with the layer.
+IN = "in"
 
 
 @dataclass(frozen=True)
 class Case:
     """One measurement to make.  `shape` holds integers by name; `regime` is steady (the power limit has settled),
-    sustained (a second and more), burst (after an idle pause) or handed (as steady, on inputs that were just written).
+    sustained (a second and more), burst (after an idle pause), handed (as steady, on inputs that were just written) or "in" and a
+    layer (the layer runs before every sample: the board's clock and power are the layer's).
     """
 
     kernel: str
@@ -46,6 +49,24 @@ class Case:
         return f"{self.kernel} {self.impl} {self.dtype} {self.regime} {self.extents}"
 
     @property
+    def company(self) -> Case | None:
+        """The layer in whose company the part is measured, None where it runs alone.
+
+        >>> part, layer = case("gemm", "cublas", "bf16", m=8192), case("decoder_layer", "moe.prefill", "bf16", tokens=8192)
+        >>> part.beside(layer).regime, part.beside(layer).company == layer
+        ('in decoder_layer moe.prefill bf16 tokens=8192', True)
+        """
+        kind, *layer = self.regime.split()
+        if kind != IN:
+            return None
+        kernel, impl, dtype, *extents = layer
+        return Case(kernel, impl, dtype, shape_of(extents))
+
+    def beside(self, layer: Case) -> Case:
+        """The same in the company of `layer`."""
+        return replace(self, regime=f"{IN} {layer.kernel} {layer.impl} {layer.dtype} {layer.extents}")
+
+    @property
     def held(self) -> str:
         """Why the row is kept from the fit, "" where it may be fitted; decided by hashes of the shape alone.
 
@@ -65,6 +86,11 @@ _LAYOUT = ("n", "k", "experts", "heads", "kv_heads", "head_dim", "v_head_dim")
 
 def _hashed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def shape_of(extents: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """A shape from its text: ["m=4096", "n=28672"]."""
+    return tuple((name, int(value)) for name, _, value in (extent.partition("=") for extent in extents))
 
 
 def case(kernel: str, impl: str, dtype: str, *, regime: str = "steady", **shape: int) -> Case:

@@ -52,12 +52,12 @@ def bench(suites: tuple[str, ...], out: Path, seconds: float, *, counters: bool,
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    from microbench.run import CASE_S, todo  # noqa: PLC0415
     from microbench.run import bench as measure  # noqa: PLC0415
+    from microbench.run import gpu_seconds, todo  # noqa: PLC0415
 
     if torch.cuda.is_available():
-        waiting = len(todo(suites, out))
-        click.echo(f"{waiting} cases to measure, about {waiting * CASE_S:.0f} s of GPU time", err=True)
+        waiting = todo(suites, out)
+        click.echo(f"{len(waiting)} cases to measure, about {gpu_seconds(waiting):.0f} s of GPU time", err=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
         task = shown.add_task("measuring", total=None)

@@ -24,7 +24,9 @@ from microbench import attention, elementwise, gemm, live
 from microbench.case import HANDED, Case, Prepared, case, relative
 from microbench.elementwise import EPS
 from microbench.gemm import grouped
+from simulator.calibration import Calibration
 from simulator.dtypes import BF16, C_BF16, FP32
+from simulator.hardware import cluster
 from simulator.hf import load_model
 from simulator.kernels.attention import Segment
 from simulator.layers import Attention, LatentAttention, MoE
@@ -33,6 +35,7 @@ from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.passes import Passes
 from simulator.phases import System
+from simulator.timing import Clock
 from simulator.work import Op, Serial, Work, fold, peak_bytes, quantity
 
 KERNELS: tuple[str, ...] = ("decoder_layer", "model")
@@ -112,6 +115,8 @@ PLAIN = ("gemm", "batched_gemm")
 
 #: A kernel that moves fewer bytes is bound by latency: what memory moves in the two microseconds that a launch takes.
 LATENCY_BYTES = 8e6
+#: Least share of products in a part's time, and least time at peak (50 us measured), below which a sample's events weigh 2 % and more.
+BY_TENSOR, LASTING_S = 0.4, 30e-6
 
 
 def leaves(which: Case) -> list[tuple[float, Op]]:
@@ -127,6 +132,26 @@ def parts(which: Case) -> list[tuple[float, Case]]:
         if part is not None:
             found[part] = found.get(part, 0.0) + count
     return [(count, part) for part, count in found.items()]
+
+
+def in_company(which: Case) -> dict[Case, Case]:
+    """The parts of a prefill or of training whose time the power limit decides, each with its case in the layer's company.
+
+    An H200 at its peak decides which these are, so that every card and profile measures the same.
+    """
+    if which.impl.endswith("decode"):
+        return {}
+    clock, found = Clock(cluster("h200", 1), Calibration.none()), {}
+    for _, op in leaves(which):
+        part, seconds = measurable(op), float(clock.expected(op))
+        if part is not None and seconds >= LASTING_S and float(clock.demand(op).get("tensor", 0.0)) >= BY_TENSOR * seconds:
+            found[part] = part.beside(which)
+    return found
+
+
+def together(which: Case) -> list[Case]:
+    """What says whether a layer's time is the sum of its parts: each of them alone, those in its company, the layer."""
+    return [*(part for _, part in parts(which)), *in_company(which).values(), which]
 
 
 def measurable(op: Op) -> Case | None:
@@ -162,10 +187,10 @@ def measurable(op: Op) -> Case | None:
 
 
 def beside(suite: str = "full") -> list[Case]:
-    """Every case of a suite after its parts, each part once."""
+    """Every case of a suite after its parts, each part once alone, and once in each layer's company."""
     found: dict[Case, None] = {}
     for which in cases(suite):
-        found |= dict.fromkeys([*(part for _, part in parts(which)), which])
+        found |= dict.fromkeys(together(which))
     return list(found)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from microbench import attention, decoder, elementwise, gemm
-from microbench.case import Case, Module
-from microbench.clock import REGIMES, Timing, measure
+from microbench.case import Case, Module, shape_of
+from microbench.clock import REGIMES, Company, Timing, accompany, measure, regime_of
 from microbench.environment import Sensors, environment
 from simulator.work import Op
 
@@ -26,8 +26,9 @@ MODULES: tuple[Module, ...] = (gemm, attention, elementwise, decoder)
 SUITES = ("tiny", "quick", "full")
 #: The suite that measures whole layers right after their own ops, one by one on the same card.
 BESIDE = "layers"
-#: Seconds of a GPU that a case takes, all told, in the mean of the shipped runs.
-CASE_S = 0.5
+#: Seconds of a GPU that a case takes, all told: in the mean of the shipped runs; in company, where no run shows it yet, by the turns
+#: that it runs and its share of the layer's own start.
+CASE_S, COMPANY_S = 0.5, 1.0
 COLUMNS = (
     "kernel", "impl", "dtype", "regime", "shape", "held", "l2", "p20_s", "p50_s", "p80_s", "samples", "error", "sm_clock_hz", "power_w",
     "flops", "hbm_bytes", "peak_bytes",
@@ -61,6 +62,36 @@ def cases_of(names: Iterable[str]) -> list[Case]:
     return list(found)
 
 
+def gpu_seconds(cases: Iterable[Case]) -> float:
+    """About how long the cases keep a GPU."""
+    return sum(CASE_S if which.company is None else COMPANY_S for which in cases)
+
+
+class Companies:
+    """The layer in whose company parts are measured: prepared once for those that follow each other, freed before anything else."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._layer: Case | None = None
+        self._company: Company | None = None
+
+    def of(self, which: Case) -> Company | None:
+        """What a case is measured beside, None where it runs alone."""
+        if which.company != self._layer:
+            self._layer = self._company = None
+            _free(self._device)
+            if which.company is not None:
+                self._company = accompany(module_of(which.company.kernel).prepare(which.company, self._device), self._device)
+                self._layer = which.company
+        return self._company
+
+
+def _free(device: Any) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run left: its file, and how many cases were measured, known before, skipped, left for the next slice."""
@@ -86,7 +117,7 @@ def bench(names: Sequence[str], folder: Path, *, limit_s: float = 540.0, progres
     file = folder / f"{_slug(str(facts['gpu']))}-{stamp}.csv"
     start, measured, skipped = time.monotonic(), 0, []
     checked: dict[tuple[Any, ...], float] = {}
-    sensors = Sensors(device)
+    sensors, companies = Sensors(device), Companies(device)
     with file.open("x", encoding="utf-8", newline="") as out:
         out.writelines(f"# {key} = {value}\n" for key, value in facts.items())
         writer = csv.DictWriter(out, COLUMNS)
@@ -95,7 +126,7 @@ def bench(names: Sequence[str], folder: Path, *, limit_s: float = 540.0, progres
             if time.monotonic() - start > limit_s:
                 break
             try:
-                row = _row(which, device, sensors, checked)
+                row = _row(which, device, sensors, checked, companies)
             except (RuntimeError, ValueError, ImportError, AssertionError, StopIteration) as reason:
                 skipped.append(f"{which.key}: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}")
                 row = None
@@ -126,7 +157,7 @@ def todo(names: Sequence[str], folder: Path) -> list[Case]:
             if not any(all(c.key in run for c in together) for run in runs):
                 found |= dict.fromkeys(together)
             for layer in decoder.cases("full"):
-                together = [*(part for _, part in decoder.parts(layer)), layer]
+                together = decoder.together(layer)
                 if not any(all(c.key in run for c in together) for run in runs):
                     found |= dict.fromkeys(together)
         else:
@@ -134,7 +165,7 @@ def todo(names: Sequence[str], folder: Path) -> list[Case]:
     return list(found)
 
 
-def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ...], float]) -> dict[str, Any]:
+def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ...], float], companies: Companies) -> dict[str, Any]:
     module = module_of(which.kernel)
     layout = (which.get(name) for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "window", "full", "width"))
     kind = (which.kernel, which.impl, which.dtype, *layout)
@@ -143,13 +174,15 @@ def _row(which: Case, device: Any, sensors: Sensors, checked: dict[tuple[Any, ..
     if not checked[kind] < TOLERANCE[which.dtype]:
         message = f"wrong result, relative error {checked[kind]:.2g} against the reference"
         raise AssertionError(message)
+    company, beside = companies.of(which), 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        beside = torch.cuda.memory_allocated() if company else 0
     prepared = module.prepare(which, device)
-    timing = measure(prepared, device, REGIMES["tiny" if device.type != "cuda" else which.regime], sensors)
+    timing = measure(prepared, device, regime_of(which) if device.type == "cuda" else REGIMES["tiny"], sensors, company)
     op = module.op(which)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() - beside if device.type == "cuda" else 0
     return record(which, timing, op, error=checked[kind], hot=prepared.hot, peak_bytes=prepared.peak_bytes or peak)
 
 
@@ -179,8 +212,7 @@ def read(file: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
 
 def case_of(row: Mapping[str, str]) -> Case:
     """The case a row measured."""
-    shape = tuple((name, int(value)) for name, _, value in (part.partition("=") for part in row["shape"].split()))
-    return Case(row["kernel"], row["impl"], row["dtype"], shape, row["regime"])
+    return Case(row["kernel"], row["impl"], row["dtype"], shape_of(row["shape"].split()), row["regime"])
 
 
 def _runs(folder: Path, gpu: str) -> list[set[str]]:

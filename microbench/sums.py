@@ -3,6 +3,9 @@
 sum = sum over the ops that have a case of (times it runs x its measured seconds) + the expected seconds of those that have none,
 whose share is told, + what going from one kernel to another takes, times their number: by itself a kernel follows its like, whose
 instructions are at hand.  No constant decides the first part, so cards that differ do not blur the answer.
+
+A board at its power limit runs a product alone more slowly than the same product in a layer, whose other kernels need less power.  An op
+counts as it was measured in the layer's company where the file holds that, else as it was measured alone.
 """
 
 from __future__ import annotations
@@ -26,13 +29,17 @@ ALLOWED = 0.05
 
 @dataclass(frozen=True)
 class Sum:
-    """A layer's measured seconds, those of its measured ops, the expected seconds of the others, and which these are; `turns_s`: from
-    kernel to kernel, all of them together.
+    """A layer's measured seconds and those of its ops: `company_s` of ops measured in its company (`accompanied` kinds of them),
+    `others_s` of ops measured alone only, `expected_s` of `unmeasured` ones; `turns_s`: from kernel to kernel, all of them together.
+    `apart_s` is what the accompanied ops take where each is measured alone.
     """
 
     which: Case
     measured_s: float
-    parts_s: float
+    company_s: float
+    apart_s: float
+    accompanied: int
+    others_s: float
     expected_s: float
     unmeasured: tuple[str, ...]
     turns_s: float
@@ -40,12 +47,27 @@ class Sum:
     @property
     def seconds(self) -> float:
         """The sum of the ops."""
-        return self.parts_s + self.expected_s + self.turns_s
+        return self.company_s + self.others_s + self.expected_s + self.turns_s
+
+    @property
+    def alone_s(self) -> float:
+        """The sum of the ops, each measured alone."""
+        return self.seconds - self.company_s + self.apart_s
 
     @property
     def error(self) -> float:
         """Sum over layer, less one."""
         return self.seconds / self.measured_s - 1
+
+    @property
+    def alone_error(self) -> float:
+        """The same of the ops alone."""
+        return self.alone_s / self.measured_s - 1
+
+    @property
+    def company(self) -> float:
+        """The share of the sum that was measured in the layer's company."""
+        return self.company_s / self.seconds
 
     @property
     def share(self) -> float:
@@ -68,30 +90,30 @@ def sums(folder: Path) -> list[Sum]:
 
 def _of(seconds: dict[Case, float], clock: Clock) -> Iterator[Sum]:
     for which in (case for case in seconds if case.kernel in decoder.KERNELS):
-        measured, expected, launches, unmeasured = 0.0, 0.0, 0.0, []
-        for count, op in decoder.leaves(which):
-            part = decoder.measurable(op)
-            launches += count * float(op.launches)
-            if part is None:
-                expected += count * float(clock.expected(op))
-                unmeasured.append(op.name)
-            elif part in seconds:
-                measured += count * seconds[part]
-            else:
-                break
-        else:
-            yield Sum(which, seconds[which], measured, expected, tuple(unmeasured), launches * TURN_S)
-
+        parts = decoder.parts(which)
+        if any(part not in seconds for _, part in parts):
+            continue
+        beside = {part: seconds[case] for part, case in decoder.in_company(which).items() if case in seconds}
+        unmeasured = [(count, op) for count, op in decoder.leaves(which) if decoder.measurable(op) is None]
+        yield Sum(
+            which, seconds[which],
+            company_s=sum(count * beside[part] for count, part in parts if part in beside),
+            apart_s=sum(count * seconds[part] for count, part in parts if part in beside), accompanied=len(beside),
+            others_s=sum(count * seconds[part] for count, part in parts if part not in beside),
+            expected_s=sum(count * float(clock.expected(op)) for count, op in unmeasured), unmeasured=tuple(op.name for _, op in unmeasured),
+            turns_s=TURN_S * sum(count * float(op.launches) for count, op in decoder.leaves(which)),
+        )  # fmt: skip
 
 
 def lines(found: list[Sum]) -> list[str]:
-    """One line a layer: what it took, the sum of its ops, how far that is off, and what was not measured."""
+    """One line a layer: what it took, the sum of its ops and how far that is off, the same of the ops alone, and what was not measured."""
     told = []
     for one in found:
-        rest = f"{one.share:.1%} of it expected, not measured: {', '.join(one.unmeasured)}" if one.unmeasured else "all of it measured"
         mark = " " if abs(one.error) <= ALLOWED else "!"
+        beside = f", {one.company:.0%} in its company ({one.accompanied} ops); alone {one.alone_s * 1e6:,.1f} us {one.alone_error:+.1%}"
+        rest = f"{one.share:.1%} of it expected, not measured: {', '.join(one.unmeasured)}" if one.unmeasured else "all of it measured"
         told.append(
             f"{mark} {one.which.impl:16}{one.which.extents:44}{one.measured_s * 1e6:12,.1f} us  ops {one.seconds * 1e6:12,.1f} us"
-            f" {one.error:+7.1%}  {rest}"
+            f" {one.error:+7.1%}  {rest}{beside if one.accompanied else ''}"
         )
     return told
