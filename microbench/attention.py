@@ -85,16 +85,24 @@ def _installed() -> list[Case]:
     """Prefill, backward, chunks and decode of the optional packages that are here."""
     found = []
     for impl in filter(packages.installed, packages.PACKAGES):
-        for layout in LAYOUTS[:6]:
+        flash = impl != "flashinfer"
+        for index, layout in enumerate(LAYOUTS if flash else LAYOUTS[:6]):
             for length in LENGTHS[1:]:
-                batch = max(1, (16384 if length <= SHORT else 8192) // length) if impl != "flashinfer" else 1
+                batch = max(1, (16384 if length <= SHORT else 8192) // length) if flash else 1
                 found.append(over("attention", impl, "bf16", layout, sequences=batch, tokens=length, context=length))
-                if impl != "flashinfer":
+                if flash and index % 2 == 0:
                     found.append(over("attention_backward", impl, "bf16", layout, sequences=batch, tokens=length, context=length))
-            found.append(over("attention", impl, "bf16", layout, tokens=2048, context=131072))
-            if impl == "flashinfer":
+            found += [over("attention", impl, "bf16", layout, tokens=t, context=c) for t, c in ((512, 8192), (2048, 32768), (2048, 131072))]
+            if not flash:
                 grid = ((1, 8192), (1, 131072), (1, 1048576), (16, 8192), (16, 32768), (64, 8192), (256, 1024))
                 found += [_decode(impl, dtype, layout, b, c) for dtype in KINDS for b, c in grid if b * c * layout[1] * 512 <= MOST_CACHE]
+        for layout in ((32, 8, 128, 128), (64, 8, 64, 64)):
+            for length, window in ((8192, 1024), (32768, 128), (32768, 4096)):
+                found.append(over("attention", impl, "bf16", layout, tokens=length, context=length, window=window))
+        if flash:
+            found += [over("attention", impl, "bf16", (8, 1, 128, 128), tokens=length, context=length) for length in (131072, 524288)]
+            found.append(over("attention", impl, "bf16", (4, 1, 128, 128), tokens=1048576, context=1048576))
+            found.append(over("attention_backward", impl, "bf16", (8, 1, 128, 128), tokens=131072, context=131072))
     return found
 
 
@@ -208,7 +216,9 @@ def prepare(which: Case, device: Any) -> Prepared:
         return Prepared(lambda i: forward(which.impl, q[i], k[i], v[i], window=window, causal=causal), sets, hot=hot)
     grads = _random((b, new, h, which["v_head_dim"]), device)
     saved = [saving(which.impl, q[i], k[i], v[i], causal=causal) for i in range(sets)]
-    return Prepared(lambda i: backward(which.impl, grads, q[i], k[i], v[i], saved[i], causal=causal), sets, hot=hot)
+    # autograd, through which packages are called, cannot be captured
+    capturable = which.impl not in packages.PACKAGES
+    return Prepared(lambda i: backward(which.impl, grads, q[i], k[i], v[i], saved[i], causal=causal), sets, graphable=capturable, hot=hot)
 
 
 def forward(impl: str, q: Any, k: Any, v: Any, *, window: int = 0, causal: bool = True) -> Any:

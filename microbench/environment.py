@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from microbench import packages
+
 
 def environment(device: Any) -> dict[str, str | int | float]:
     """Facts of the machine, for the head of a file."""
@@ -34,7 +36,7 @@ def environment(device: Any) -> dict[str, str | int | float]:
         import triton  # noqa: PLC0415 (an optional part of torch)
 
         found["triton"] = triton.__version__
-    return {**found, **Sensors(device).limits()}
+    return {**found, **packages.versions(), **Sensors(device).limits()}
 
 
 def _commit() -> str:
