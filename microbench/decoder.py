@@ -24,6 +24,7 @@ from microbench import attention, elementwise, gemm, live
 from microbench.case import HANDED, Case, Prepared, case, relative
 from microbench.elementwise import EPS
 from microbench.gemm import grouped
+from microbench.implementations import RUNS, as_run
 from simulator.calibration import Calibration
 from simulator.dtypes import BF16, C_BF16, FP32
 from simulator.hardware import cluster
@@ -78,11 +79,7 @@ def model_of(kind: str) -> ModelSpec:
 
 def work(which: Case) -> Work:
     """The simulator's own tree of the case, with the implementations that run here."""
-    tree = _work(which)
-    for op in fold(tree, Passes(lambda _: 0.0)).longest:
-        if isinstance(op, Op):
-            op.impl = op.impl if op.kernel in PLAIN else RUNS.get(op.kernel, op.impl)
-    return tree
+    return as_run(_work(which))
 
 
 def _work(which: Case) -> Work:
@@ -102,15 +99,6 @@ def op(which: Case) -> Op:
     tree = work(which)
     flops, moved = (float(fold(tree, quantity(name))) for name in ("flops", "hbm_bytes"))
     return Op(which.kernel, which.kernel, which.impl, which.dtype, tensor_flops=flops, model_flops=flops, hbm_bytes=moved)
-
-
-#: What runs here of a kernel whose op leaves the implementation open.
-RUNS = {
-    "gemm": "cublas", "batched_gemm": "cublas", "grouped_gemm": "cutlass", "attention": "cudnn", "attention_backward": "cudnn",
-    "decode_attention": "triton", "latent_attention": "triton",
-}  # fmt: skip
-#: Kernels of which one implementation is known, whatever it is called.
-PLAIN = ("gemm", "batched_gemm")
 
 
 #: A kernel that moves fewer bytes is bound by latency: what memory moves in the two microseconds that a launch takes.

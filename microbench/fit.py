@@ -54,6 +54,9 @@ FREE: dict[str, tuple[str, ...]] = {
 POWERS = (1, 2, 4, 8)
 #: Fewest rows a family is fitted from.
 LEAST_ROWS = 5
+#: Kernels that take a head's tiles together, so that its keys come from the L2 cache however many they are: FlashAttention's schedulers
+#: of versions 3 and 4 (`size_l2`, heads in L2) and 670 TFLOP/s of the latter up to a million tokens.
+TOGETHER = ("flash3", "flash4")
 #: What a family that was hardly measured on handed rows attains of them.
 HANDED_RATE = observed("handed_rate")
 #: What a layer adds to a kernel that was measured after its like.
@@ -148,6 +151,8 @@ def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
     names = tuple(n for n in FREE[rows.family[0]] if {"window": windowed, "handed": handed}.get(n, True))
     start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
     shared = Constants(heat=heat) if "sustained" in names else Constants()
+    if rows.family[1] in TOGETHER:
+        shared = replace(shared, sweeps=0.0)
     if streams and not handed:
         shared = Constants(handed=HANDED_RATE)
     best: tuple[Constants, float] | None = None
@@ -356,7 +361,7 @@ def beats(rows: Rows, machine: Cluster) -> list[str]:
 #: The implementation that stands for a kernel whose implementation nobody names: the fastest measured that engines use or resemble.
 #: None stands for decode over an fp8 cache: the kernel measured here converts it to bf16 at half the memory rate, engines' do not.
 STANDS_FOR = {
-    ("attention", "bf16"): "cudnn", ("attention_backward", "bf16"): "cudnn", ("decode_attention", "bf16"): "triton",
+    ("attention", "bf16"): "flash4", ("attention_backward", "bf16"): "cudnn", ("decode_attention", "bf16"): "triton",
     ("elementwise", "bf16"): "copy", ("grouped_gemm", "bf16"): "cutlass",
 }  # fmt: skip
 
@@ -392,7 +397,7 @@ RINGS_SIGMA = observed("rings_sigma")
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
     named = (
-        "tensor", "special", "memory", "handed", "sustained", "heat", "depth_half", "split", "variant", "wave", "window", "launch_s", "merge_s",
+        "tensor", "special", "memory", "handed", "sweeps", "sustained", "heat", "depth_half", "split", "variant", "wave", "window", "launch_s", "merge_s",
         "power", "sigma", "rows",
     )  # fmt: skip
     plain = Constants()

@@ -140,7 +140,7 @@ class Estimate:
 
 
 RESOURCE_NAMES = {
-    "tensor": "tensor cores", "vector": "vector units", "special": "exponentials", "hbm": "HBM bandwidth",
+    "tensor": "tensor cores", "vector": "vector units", "special": "exponentials", "hbm": "HBM bandwidth", "l2": "L2 cache",
     "link": "links", "host": "host", "launch": "kernel launches",
 }  # fmt: skip
 

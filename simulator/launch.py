@@ -45,7 +45,8 @@ class Launched(NamedTuple):
     `windowed` is 1 where a window hides keys at both ends of a tile's sweep.  `uneven`: the longest tile over the mean one, less 1.
     `streams`: the second kernel reads memory at
     another rate too, because it only streams (decode).  `found` is the share of the traffic that the L2 cache serves, because kernels
-    before wrote it and kernels after read it.
+    before wrote it and kernels after read it.  `swept` is the part of the traffic that tiles cause which sweep a head's keys each at its
+    own time: a kernel whose tiles sweep them together spares it (`Constants.sweeps`).
     """
 
     tensor_flops: Flops
@@ -60,6 +61,7 @@ class Launched(NamedTuple):
     uneven: Num = 1.0
     streams: bool = False
     found: Num = 0.0
+    swept: Bytes = 0.0
 
 
 def launch_gemm(op: Op, gpu: Gpu) -> Launched:
@@ -132,7 +134,8 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     Every query tile sweeps its head's keys and values.  They come from the L2 cache while a head's K and V fit in it; of a
     larger head sweeps miss more and more: x^2 / (1 + x^2), x = bytes of K and V that one key-value head reads / 2.13 L2.  DRAM
     counters on an H200 show 1 %, 17 %, 50 % and 72 % at 34, 67, 134 and 268 MB (5, 20, 50, 80 here; a formula without a kink,
-    because runs of chunks stand for their means).  At a million tokens this, not the tensor cores, binds.
+    because runs of chunks stand for their means).  At a million tokens this, not the tensor cores, binds cuDNN; FlashAttention-3 and 4
+    take the heads that fit in the cache together, and the tiles of a larger head at once: they run at 676 TFLOP/s there, cuDNN at 471.
     Tiles of a triangle are uneven (the longest twice the mean), those of a block without a mask are alike: a block fills the machine as
     soon as its tiles do.
     Backward's tiles are keys, which meet queries one after the other; it adds fp32 sums of dQ (written, read, converted) and, for grouped heads, dK and dV
@@ -161,7 +164,7 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     again = tiles * swept * missed(head, HALF_MISSED * gpu.l2_bytes)
     return Launched(
         executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant,
-        windowed=maximum(s["masked"] - 1.0, 0.0), uneven=_uneven(minimum(minimum(s["keys"], live / sequences), depth + 0.5 * tokens), depth),
+        windowed=maximum(s["masked"] - 1.0, 0.0), swept=again, uneven=_uneven(minimum(minimum(s["keys"], live / sequences), depth + 0.5 * tokens), depth),
     )  # fmt: skip
 
 

@@ -26,6 +26,10 @@ from simulator.units import Bytes, Num, Seconds, maximum, minimum, raise_to, roo
 from simulator.work import Demands, Group, Known, Leaf, Message, Op, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
 
 
+#: Bytes that no multiprocessor of any GPU here loads or stores more of per clock, whatever cache they come from.
+LOADED_PER_CLOCK = 128.0
+
+
 class Clock:
     """Turns ops into seconds on one cluster under one calibration.  Ports are worked out once per group."""
 
@@ -34,7 +38,7 @@ class Clock:
         self._ports: dict[tuple[object, ...], tuple[Group, Port]] = {}
         self._peaks: dict[str, float] = {}
         # a bound rests on nothing assumed
-        self._counts_exponentials = not {"units", "max_clock_hz", "sfu_per_clock"} & {*cluster.gpu.assumed}
+        self._knows_units = not {"units", "max_clock_hz", "sfu_per_clock"} & {*cluster.gpu.assumed}
 
     def peak(self, math: str) -> float:
         """FLOP/s of an element type at the maximum clock."""
@@ -61,10 +65,16 @@ class Clock:
             return {"host": op.shape["seconds"]}
         if op.kernel == "host_copy":
             return {"link": op.hbm_bytes * (1 / gpu.host_bytes_per_s)}
-        found: dict[str, Seconds] = {"hbm": least_traffic(op, gpu) * (1 / gpu.hbm_bytes_per_s)}
+        found: dict[str, Seconds] = {}
+        if op.kernel == "elementwise":
+            found["hbm"] = least_traffic(op, gpu) * (1 / gpu.hbm_bytes_per_s)
+            if self._knows_units:
+                found["l2"] = op.hbm_bytes * (1 / (gpu.units * gpu.max_clock_hz * LOADED_PER_CLOCK))
+            return found
+        found["hbm"] = op.hbm_bytes * (1 / gpu.hbm_bytes_per_s)
         if type(op.tensor_flops) is not float or op.tensor_flops:
             found["tensor"] = op.tensor_flops * (1 / self.peak(op.math))
-            if self._counts_exponentials and (type(op.exponentials) is not float or op.exponentials):
+            if self._knows_units and (type(op.exponentials) is not float or op.exponentials):
                 found["special"] = op.exponentials * (1 / gpu.sfu_per_s)
         return found
 
@@ -84,6 +94,8 @@ class Clock:
             return where_any(op.hbm_bytes, smooth_max([through, constants.launch_s], constants.power))
         launched, gpu = launch(op, self.gpu), self.gpu
         moved = launched.hbm_bytes
+        if constants.sweeps != 1.0:
+            moved = moved - launched.swept * (1.0 - constants.sweeps)
         pace: Num = 1.0
         if constants.variant != 1.0:
             pace = where(launched.variant > 0, 1 / constants.variant, 1.0)
@@ -151,10 +163,11 @@ def where_any(work: Num, seconds: Seconds) -> Seconds:
 
 
 def least_traffic(op: Op, gpu: Gpu) -> Bytes:
-    """What must pass through HBM: of what a kernel is handed a cache's worth may lie in the L2 cache, of what it hands on another."""
-    if op.kernel != "elementwise":
-        return op.hbm_bytes
-    return op.hbm_bytes - minimum(minimum(op.hbm_bytes, op.shape["handed_bytes"] * 2.0), 2.0 * gpu.l2_bytes)
+    """What an elementwise op must pass through HBM: nothing of what it is handed and hands on, if that fits in the L2 cache."""
+    handed = op.shape["handed_bytes"]
+    if type(handed) is float:
+        return 0.0 if 0 < handed <= gpu.l2_bytes else op.hbm_bytes
+    return where((handed > 0) & (handed <= gpu.l2_bytes), 0.0, op.hbm_bytes)
 
 
 def least_wire(op: Message) -> Num:

@@ -17,7 +17,7 @@ import numpy as np
 from simulator.schedule import Crossing, Line, Run, by_run, crossings, equal, growing, lines, makespan, turn
 from simulator.units import Bytes, Count, Flops, Num, Seconds, maximum, where
 
-RESOURCES = ("tensor", "vector", "special", "hbm", "link", "host")
+RESOURCES = ("tensor", "vector", "special", "hbm", "l2", "link", "host")
 
 
 @dataclass(slots=True, eq=False)

@@ -146,7 +146,7 @@ def test_rows_are_distinct_and_each_has_a_reason(name: str) -> None:
         clock = Clock(found.cluster, found.calibration)
         for row in found.rows:
             assert row.count > 0
-            assert binding_resource(clock, row.op) in ("tensor", "special", "hbm", "link", "launch", "host")
+            assert binding_resource(clock, row.op) in ("tensor", "special", "hbm", "l2", "link", "launch", "host")
         keys = [(row.op.name, row.op.family, float(np.sum(row.op.flops)), float(np.sum(row.op.hbm_bytes)), float(np.sum(row.op.wire_bytes))) for row in found.rows]
         assert len(keys) == len(set(keys))
         assert found.binding().endswith("of the time)")

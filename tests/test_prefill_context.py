@@ -199,7 +199,7 @@ def test_splitting_prompts_loses_where_every_rank_expands_the_context() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "context", "offered"), [("openai/gpt-oss-120b", 131_072, True), ("moonshotai/Kimi-Linear-48B-A3B-Instruct", 2**20, False)]
+    ("name", "context", "offered"), [("openai/gpt-oss-120b", 131_072, True), ("moonshotai/Kimi-Linear-48B-A3B-Instruct", 2**19, False)]
 )
 def test_where_the_engine_splits_nothing_a_ring_that_would_save_much_is_named(name: str, context: int, offered: bool) -> None:
     found = planned(name, 8, Request(context))

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from microbench.case import Case
+from microbench.implementations import as_run
 from microbench.ring import collectives
 from microbench.ring.suite import module_of
 from microbench.run import case_of, read
@@ -181,7 +182,7 @@ def _taken_by(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> float
     shares = []
     for row in rows:
         on = Clock(cluster(part, row.case["ranks"]), calibration)
-        work = module_of(row.case).work(row.case)
+        work = as_run(module_of(row.case).work(row.case))
         sent = float(seconds_no_overlap(work, on)) - silent(work, on)
         if sent < row.silent_s:
             shares.append(row.exposed_s / sent)
@@ -213,7 +214,7 @@ def judged(rows: Sequence[Row], part: Gpu, calibration: Calibration) -> Iterator
         machine = cluster(part, row.case["ranks"] if row.backend == "nccl" else 1)
         used = replace(calibration, interference={}) if row.backend == "loopback" else calibration
         on = clock(machine, used, row.backend)
-        work = module_of(row.case).work(row.case)
+        work = as_run(module_of(row.case).work(row.case))
         yield Judged(row, predicted(work, on), silent(work, on))
 
 
