@@ -28,6 +28,7 @@ from simulator.calibration import Calibration, Family
 from simulator.dtypes import CacheFormat
 from simulator.footprint import Footprint
 from simulator.hardware import Cluster
+from simulator.launch import launch
 from simulator.model import ModelSpec
 from simulator.parallel import Layout
 from simulator.passes import Passes, Row, by_kernel, rows
@@ -35,7 +36,7 @@ from simulator.phases import Decode, Host, Mixed, Phase, Prefill, System, TrainS
 from simulator.replay import Often
 from simulator.timing import Clock, bounded, calibrated, clock_of, once
 from simulator.units import Array, Bytes, Count, Num, Seconds, Tokens, minimum, total
-from simulator.work import Leaf, PeakBytes, SecondsSerial, Together, Work, fold, quantity
+from simulator.work import Leaf, Op, PeakBytes, SecondsSerial, Together, Work, fold, quantity
 
 #: Half-width of an 80 % interval in standard deviations.
 Z80 = 1.2815515655446004
@@ -147,10 +148,12 @@ RESOURCE_NAMES = {
 
 def binding_resource(clock: Clock, op: Leaf) -> str:
     """The resource with the largest demand; "launch" where the op's fixed time exceeds it, "link" for messages."""
-    demand = clock.demand(op)
-    resource = max(demand, key=lambda r: float(np.mean(demand[r])))
+    demand = {resource: float(np.mean(seconds)) for resource, seconds in clock.demand(op).items()}
+    resource = max(demand, key=demand.__getitem__)
+    if "l2" in demand and isinstance(op, Op):
+        resource = "l2" if float(np.mean(launch(op, clock.gpu).found)) > 0.5 else "hbm"  # noqa: PLR2004 (mostly found)
     fixed = clock.calibration.constants(op.family).launch_s
-    return "launch" if resource not in ("link", "host") and fixed > float(np.mean(demand[resource])) else resource
+    return "launch" if resource not in ("link", "host") and fixed > max(demand.values()) else resource
 
 
 def estimate(

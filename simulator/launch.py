@@ -202,24 +202,25 @@ def launch_plain(op: Op, gpu: Gpu) -> Launched:
 def launch_elementwise(op: Op, gpu: Gpu) -> Launched:
     """Rows stream.  What a kernel before wrote is found in the L2 cache, and what is written stays there, until the launch touches
     about as many bytes as the cache holds: found = 1 / (1 + (bytes / 0.74 L2)^16), a cliff, because a stream that exceeds the cache
-    evicts itself; a kernel that writes over what it read touches half of what it moves.  A permutation reads a token's row once for every expert: again where the rows of all tokens do not stay in the cache.
+    evicts itself; a kernel that writes over what it read touches half of what it moves.  A permutation reads a token's row once for
+    every expert: again where the rows of all tokens do not stay in the cache.
 
     Timed on four H200: everything found up to 38 MB, half missed at 46 MB, all at 59 MB.  Source: data/calibration/h200_sxm.
     """
-    s = op.shape
-    if "routed" in s and op.impl == "permute":
-        rows = s["tokens"] * s["width"] * BF16.bytes
-        again = maximum(s["routed"] - s["tokens"], 0.0) * s["width"] * BF16.bytes * missed(rows, HALF_GATHERED * gpu.l2_bytes)
-    else:
-        again = 0.0
+    s, moved = op.shape, op.hbm_bytes
     handed = s["handed_bytes"]
     found: Num = 0.0
     if type(handed) is not float or handed:
-        found = where(handed > 0, 1.0 / (1.0 + raise_to(handed * (1 / (HALF_HANDED * gpu.l2_bytes)), 16)), 0.0)
-    return Launched(op.tensor_flops, op.exponentials, op.hbm_bytes + again, float(gpu.units), float(gpu.units), 1.0, found=found)
+        found = 1.0 / (1.0 + (handed * (1 / (HALF_HANDED * gpu.l2_bytes))) ** 16)
+        if isinstance(handed, np.ndarray):
+            found = where(handed > 0, found, 0.0)
+    if op.impl == "permute" and "routed" in s:
+        row = s["width"] * BF16.bytes
+        moved = moved + maximum(s["routed"] - s["tokens"], 0.0) * row * missed(s["tokens"] * row, HALF_GATHERED * gpu.l2_bytes)
+    return Launched(op.tensor_flops, op.exponentials, moved, float(gpu.units), float(gpu.units), 1.0, found=found)
 
 
-def missed(held: Bytes, half: float) -> Num:
+def missed(held: Bytes, half: Bytes) -> Num:
     """The share of repeated reads of `held` bytes that miss a cache: x^2 / (1 + x^2), x = held / half, without a kink."""
     excess = held * (1.0 / half)
     return excess * excess / (1.0 + excess * excess)

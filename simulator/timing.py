@@ -25,7 +25,6 @@ from simulator.launch import fills, launch
 from simulator.units import Bytes, Num, Seconds, maximum, minimum, raise_to, root, where
 from simulator.work import Demands, Group, Known, Leaf, Message, Op, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
 
-
 #: Bytes that no multiprocessor of any GPU here loads or stores more of per clock, whatever cache they come from.
 LOADED_PER_CLOCK = 128.0
 
@@ -163,11 +162,10 @@ def where_any(work: Num, seconds: Seconds) -> Seconds:
 
 
 def least_traffic(op: Op, gpu: Gpu) -> Bytes:
-    """What an elementwise op must pass through HBM: nothing of what it is handed and hands on, if that fits in the L2 cache."""
-    handed = op.shape["handed_bytes"]
-    if type(handed) is float:
-        return 0.0 if 0 < handed <= gpu.l2_bytes else op.hbm_bytes
-    return where((handed > 0) & (handed <= gpu.l2_bytes), 0.0, op.hbm_bytes)
+    """What an elementwise op must pass through HBM: of what it is handed a cache's worth may lie in the L2 cache when it starts, and of
+    what it hands on as much when it ends.
+    """
+    return maximum(op.hbm_bytes - minimum(op.shape["handed_bytes"], gpu.l2_bytes) * 2.0, 0.0)
 
 
 def least_wire(op: Message) -> Num:
