@@ -61,6 +61,8 @@ class Constants:
 
 
 IDENTITY = Constants()
+#: The share of the HBM's peak that streaming kernels attain.
+STREAMED = observed("streamed")
 #: Element types that tensor cores treat alike.
 _TWINS = {"fp16": "bf16", "bf16": "fp16"}
 
@@ -181,6 +183,8 @@ def carried(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Cons
     what a tile spends beside its products (fetching operands, softmax, write-out) is as long on a slower tensor core.
     sustained' = sustained (W' / P') / (W / P), heat' = heat (B' / W') / (B / W), W the board power, P the tensor peak, B the memory
     rate: the same joules per FLOP and per byte.  Shares of memory and of exponentials, pieces, waves and fixed times are the lender's.
+    Grouped products are slowed by what a multiprocessor keeps in flight, not by the memory: on slower memory they attain
+    memory' = memory B U / (B' U'), U multiprocessors x clock, up to what streaming kernels attain (an H100 measured 0.79, an H200 0.61).
     A power that is not known counts as in proportion to the peak: the same share of it is sustained.
     Neglected: other voltages and memory generations, and instructions that only one of the two has.
     """
@@ -188,8 +192,12 @@ def carried(family: Family, constants: Constants, gpu: Gpu, lender: Gpu) -> Cons
     rate = gpu.flops_per_unit_clock(dtype) / lender.flops_per_unit_clock(dtype)
     peak = gpu.peak_flops_per_s(dtype) / lender.peak_flops_per_s(dtype)
     watts = gpu.tdp_w / lender.tdp_w if gpu.tdp_w and lender.tdp_w else peak
+    memory = constants.memory
+    if family[0] == "grouped_gemm":
+        units = gpu.units * gpu.max_clock_hz / (lender.units * lender.max_clock_hz)
+        memory = max(memory, min(STREAMED, memory * units * lender.hbm_bytes_per_s / gpu.hbm_bytes_per_s))
     return replace(
-        constants, tensor=1 / (1 + (1 / constants.tensor - 1) * rate), depth_half=constants.depth_half * rate,
+        constants, tensor=1 / (1 + (1 / constants.tensor - 1) * rate), memory=memory, depth_half=constants.depth_half * rate,
         sustained=constants.sustained * watts / peak,
         heat=constants.heat / watts * gpu.hbm_bytes_per_s / lender.hbm_bytes_per_s,
     )  # fmt: skip
