@@ -54,6 +54,8 @@ FREE: dict[str, tuple[str, ...]] = {
 POWERS = (1, 2, 4, 8)
 #: Fewest rows a family is fitted from.
 LEAST_ROWS = 5
+#: Fewest rows, mostly found in the L2 cache, that show at which rate it serves them.
+LEAST_HANDED = 3
 #: Kernels that take a head's tiles together, so that its keys come from the L2 cache however many they are: FlashAttention's schedulers
 #: of versions 3 and 4 (`size_l2`, heads in L2) and 670 TFLOP/s of the latter up to a million tokens.
 TOGETHER = ("flash3", "flash4")
@@ -147,7 +149,7 @@ def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
     # what no row shows is not fitted: it keeps its plain value
     windowed = any(case.get("window") for case in rows.cases)
     streams = rows.family[0] == "elementwise"
-    handed = streams and int((launch(op, machine.gpu).found * use > 0.5).sum()) >= LEAST_ROWS  # noqa: PLR2004 (mostly found)
+    handed = streams and int((launch(op, machine.gpu).found * use > 0.5).sum()) >= LEAST_HANDED  # noqa: PLR2004 (mostly found)
     names = tuple(n for n in FREE[rows.family[0]] if {"window": windowed, "handed": handed}.get(n, True))
     start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
     shared = Constants(heat=heat) if "sustained" in names else Constants()
