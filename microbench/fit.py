@@ -347,9 +347,9 @@ def _kernels(folder: Path) -> Profile:
         points += [
             {
                 "kernel": " ".join(filter(None, family)), "shape": c.extents, "held": c.held or "fitted",
-                "measured_s": float(t), "error": float(np.expm1(e)),
+                "measured_s": float(t), "error": float(np.expm1(e)), "error_with_table": float(np.expm1(s)),
             }
-            for c, t, e in zip(rows.cases, rows.seconds, error, strict=True)
+            for c, t, e, s in zip(rows.cases, rows.seconds, error, sharp, strict=True)
         ]  # fmt: skip
     return Profile(part, constants, quality, beaten, points)
 
