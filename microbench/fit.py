@@ -360,7 +360,8 @@ def beats(rows: Rows, machine: Cluster) -> list[str]:
     return [f"{c.key}: {s:.3g} s, bound {b:.3g} s" for c, s, b in zip(rows.cases, rows.seconds, bound, strict=True) if s < b]
 
 
-#: The implementation that stands for a kernel whose implementation nobody names: the fastest measured that engines use or resemble.
+#: The implementation that stands for a kernel whose implementation nobody names: the fastest measured that engines use or resemble
+#: (on Hopper vLLM's and SGLang's prefill defaults to FlashAttention-3, whose sister FlashAttention-4 is).
 #: None stands for decode over an fp8 cache: the kernel measured here converts it to bf16 at half the memory rate, engines' do not.
 STANDS_FOR = {
     ("attention", "bf16"): "flash4", ("attention_backward", "bf16"): "cudnn", ("decode_attention", "bf16"): "triton",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simulator.work import Leaf, Op, SecondsSerial, Work, fold
+from simulator.work import Work, run_by
 
 #: Kernel -> implementation.
 RUNS = {
@@ -15,11 +15,4 @@ PLAIN = ("gemm", "batched_gemm")
 
 def as_run(tree: Work) -> Work:
     """The same tree, its ops named by what runs them here: engines have other kernels, which stand for unnamed ones."""
-
-    def name(op: Leaf) -> float:
-        if isinstance(op, Op) and op.kernel not in PLAIN:
-            op.impl = op.impl or RUNS.get(op.kernel, "")
-        return 0.0
-
-    fold(tree, SecondsSerial(name))
-    return tree
+    return run_by(tree, {kernel: impl for kernel, impl in RUNS.items() if kernel not in PLAIN})

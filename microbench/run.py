@@ -26,9 +26,9 @@ MODULES: tuple[Module, ...] = (gemm, attention, elementwise, decoder)
 SUITES = ("tiny", "quick", "full")
 #: The suite that measures whole layers right after their own ops, one by one on the same card.
 BESIDE = "layers"
-#: Seconds of a GPU that a case takes, all told: in the mean of the shipped runs; in company, where no run shows it yet, by the turns
-#: that it runs and its share of the layer's own start.
-CASE_S, COMPANY_S = 0.5, 1.0
+#: Seconds of a GPU that a case takes, all told, in the mean of the shipped runs: alone, and in company, with its share of the layer's
+#: own start.
+CASE_S, COMPANY_S = 0.5, 0.85
 COLUMNS = (
     "kernel", "impl", "dtype", "regime", "shape", "held", "l2", "p20_s", "p50_s", "p80_s", "samples", "error", "sm_clock_hz", "power_w",
     "flops", "hbm_bytes", "peak_bytes",

@@ -150,10 +150,16 @@ def binding_resource(clock: Clock, op: Leaf) -> str:
     """The resource with the largest demand; "launch" where the op's fixed time exceeds it, "link" for messages."""
     demand = {resource: float(np.mean(seconds)) for resource, seconds in clock.demand(op).items()}
     resource = max(demand, key=demand.__getitem__)
-    if "l2" in demand and isinstance(op, Op):
-        resource = "l2" if float(np.mean(launch(op, clock.gpu).found)) > 0.5 else "hbm"  # noqa: PLR2004 (mostly found)
-    fixed = clock.calibration.constants(op.family).launch_s
-    return "launch" if resource not in ("link", "host") and fixed > max(demand.values()) else resource
+    fixed, taken = float(clock.calibration.constants(op.family).launch_s), demand[resource]
+    if isinstance(op, Op) and op.kernel == "elementwise":
+        resource = "l2" if found_in_l2(clock, op) > 0.5 else "hbm"  # noqa: PLR2004 (mostly found)
+        taken = float(np.mean(clock.expected(op))) - fixed
+    return "launch" if resource not in ("link", "host") and fixed > taken else resource
+
+
+def found_in_l2(clock: Clock, op: Op) -> float:
+    """The share of an op's traffic that the L2 cache serves, because kernels before it wrote it and kernels after it read it."""
+    return float(np.mean(launch(op, clock.gpu).found))
 
 
 def estimate(

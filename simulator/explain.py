@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from simulator import formulas
-from simulator.estimate import RESOURCE_NAMES, Estimate, Interval, binding_resource, interval
+from simulator.estimate import RESOURCE_NAMES, Estimate, Interval, binding_resource, found_in_l2, interval
 from simulator.passes import Row
 from simulator.phases import Mixed
 from simulator.report import _head, _seconds, _table, cache_layers, show, span
 from simulator.timing import Clock
 from simulator.units import BYTES, FLOPS, SECONDS, gib, significant
+from simulator.work import Op
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,7 @@ def _row(estimate: Estimate, clock: Clock, row: Row) -> dict[str, Any]:
         "name": op.name, "kernel": op.kernel, "impl": op.impl, "dtype": op.math, "count": float(row.count),
         "seconds": interval({op.family: seconds}, estimate.calibration, seconds, lower).document(), "lower": lower,
         "share": seconds / estimate.seconds.value if estimate.seconds.value else 0.0, "bound_by": binding_resource(clock, op),
+        "found_in_l2": found_in_l2(clock, op) if isinstance(op, Op) and op.kernel == "elementwise" else 0.0,
         "demand_s": {resource: float(taken) * float(row.count) for resource, taken in clock.demand(op).items()},
         "formulas": {
             name: {"text": text, "substituted": formulas.substituted(text, numbers), "value": float(getattr(op, name))}
@@ -122,6 +124,8 @@ def _print_row(row: dict[str, Any], console: Console) -> None:
         for name, peak in _SHARES.items()
         if name in row["constants"] and peak in row["demand_s"]
     ]
+    if row["found_in_l2"] > 0.005 and "handed" in row["constants"]:  # noqa: PLR2004 (what shows as 1 %)
+        attains.append(f"{significant(row['constants']['handed'], 3)} of it for the {row['found_in_l2']:.0%} that the L2 cache serves")
     if row["constants"].get("sustained") and "tensor" in row["demand_s"]:
         attains.append(f"{significant(row['constants']['sustained'], 3)} where the power limit holds it")
     if row["constants"].get("launch_s"):

@@ -35,7 +35,7 @@ from simulator.parallel.sequence import Sequence as SequenceParallel
 from simulator.parallel.sharded_data import ADAM_BYTES, ShardedData
 from simulator.phases import System, TrainStep
 from simulator.units import Bytes, Count, Num, maximum
-from simulator.work import Flow, Later, PeakBytes, Pipeline, Repeat, Serial, Work, fold
+from simulator.work import Flow, Later, PeakBytes, Pipeline, Repeat, Serial, Work, fold, run_by
 
 RECOMPUTE = ("none", "full")
 #: Schedules that are a flow through the stages; the others' bubbles stand in `parallel.schedules`.
@@ -115,6 +115,10 @@ def _travel(shared: ShardedData) -> bool:
     return not is_one(shared.ranks * shared.replicas)
 
 
+#: What frameworks run of attention, forward and backward: Transformer Engine takes cuDNN's kernels unless FlashAttention-3 is installed.
+TRAINED = {"attention": "cudnn", "attention_backward": "cudnn"}
+
+
 class _Passes:
     """Every layer's forward and backward on one rank, each made once."""
 
@@ -135,7 +139,7 @@ class _Passes:
         layout, cache = self.system.layout, self.system.cache
         held = layout.shard(layer, self.segments)
         if layer is not self.system.model.head:
-            return layout.work(layer, held, cache, direction)
+            return run_by(layout.work(layer, held, cache, direction), TRAINED)
         # every token is scored, and ranks of a split vocabulary need the largest logit, the sum and the label's
         every = held._replace(segments=(Segment(held.tokens, 1.0, 0.0),), asked=())
         loss = elementwise("cross entropy", rows=held.tokens, read=held.vocabulary, written=held.vocabulary, impl="activation", dtype=FP32)

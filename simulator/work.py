@@ -420,6 +420,18 @@ class SecondsSerial(Quantity):
         return seconds
 
 
+def run_by(work: Work, implementations: Mapping[str, str]) -> Work:
+    """The same tree, its ops whose implementation is open named by kernel."""
+
+    def name(op: Leaf) -> float:
+        if isinstance(op, Op) and not op.impl:
+            op.impl = implementations.get(op.kernel, "")
+        return 0.0
+
+    fold(work, SecondsSerial(name))
+    return work
+
+
 def _scheduled(pipe: Pipeline, values: Sequence[Sequence[Any]]) -> Any:
     """The time of a pipeline under the seconds of its stages."""
     flow = pipe.flows[0]

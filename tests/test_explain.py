@@ -259,7 +259,8 @@ def test_the_keys_of_explain_diff_and_gpus_are_frozen(say: Say) -> None:  # noqa
     assert opened["cache"].keys() == {"sequences", "bytes_per_sequence", "layers"}
     for row in opened["rows"]:
         assert row.keys() == {
-            "name", "kernel", "impl", "dtype", "count", "seconds", "lower", "share", "bound_by", "demand_s", "formulas", "constants", "basis", "source",
+            "name", "kernel", "impl", "dtype", "count", "seconds", "lower", "share", "bound_by", "found_in_l2", "demand_s", "formulas", "constants",
+            "basis", "source",
         }  # fmt: skip
         assert all(formula.keys() == {"text", "substituted", "value"} for formula in row["formulas"].values())
     moved = say("diff", *TWO, "--json").document

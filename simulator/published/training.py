@@ -43,9 +43,9 @@ def _running(calibration: Calibration, attention: str) -> Calibration:
     """The calibration of a machine whose attention is another implementation's."""
     if not attention:
         return calibration
-    kernels = ("attention", "attention_backward")
-    rest = {family: constants for family, constants in calibration.families.items() if family[0] not in kernels or family[1]}
-    return replace(calibration, families={**rest, **{(name, "", ""): calibration.constants((name, attention, "bf16")) for name in kernels}})
+    rest = {family: constants for family, constants in calibration.families.items() if train_step.TRAINED.get(family[0]) != family[1]}
+    ran = {(kernel, usual, ""): calibration.constants((kernel, attention, "bf16")) for kernel, usual in train_step.TRAINED.items()}
+    return replace(calibration, families={**rest, **ran})
 
 
 def _placed(model: ModelSpec, on: Cluster, layout: Layout, step: TrainStep) -> None:
