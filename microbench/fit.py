@@ -27,7 +27,7 @@ from microbench.run import case_of, module_of, read, runs_of
 from simulator.calibration import Calibration, Constants, Family, MeasuredLink
 from simulator.data import data_path, observed
 from simulator.hardware import Cluster, Gpu, cluster, gpu
-from simulator.launch import launch
+from simulator.launch import FLASH, launch
 from simulator.timing import Clock, seconds_expected
 from simulator.units import Array
 from simulator.validate import Compared
@@ -37,13 +37,13 @@ from simulator.work import Op
 BOUNDS: dict[str, tuple[float, float, float]] = {
     "tensor": (0.8, 0.05, 1.0), "special": (1.0, 0.1, 20.0), "memory": (0.85, 0.1, 1.0), "handed": (1.5, 0.1, 3.0), "sustained": (0.65, 0.2, 1.0),
     "depth_half": (150.0, 1.0, 4000.0), "split": (2.0, 1.0, 64.0), "variant": (0.9, 0.2, 1.5), "merge_s": (2e-8, 1e-10, 1e-6),
-    "wave": (0.3, 0.01, 4.0), "window": (0.5, 0.001, 8.0), "launch_s": (3e-6, 2e-7, 6e-5),
+    "wave": (0.3, 0.01, 4.0), "step": (0.3, 0.001, 1.0), "window": (0.5, 0.001, 8.0), "launch_s": (3e-6, 2e-7, 6e-5),
 }  # fmt: skip
 FREE: dict[str, tuple[str, ...]] = {
     "gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
     "batched_gemm": ("tensor", "memory", "depth_half", "split", "launch_s"),
     "grouped_gemm": ("tensor", "sustained", "memory", "depth_half", "split", "launch_s"),
-    "attention": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "window", "variant", "launch_s"),
+    "attention": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "step", "window", "variant", "launch_s"),
     "attention_backward": ("tensor", "sustained", "special", "memory", "depth_half", "split", "wave", "variant", "launch_s"),
     "unfused_attention": ("tensor", "memory", "launch_s"),
     "decode_attention": ("tensor", "memory", "variant", "wave", "launch_s", "merge_s"),
@@ -58,7 +58,7 @@ LEAST_ROWS = 5
 LEAST_HANDED = 3
 #: Kernels that take a head's tiles together, so that its keys come from the L2 cache however many they are: FlashAttention's schedulers
 #: of versions 3 and 4 (`size_l2`, heads in L2) and 670 TFLOP/s of the latter up to a million tokens.
-TOGETHER = ("flash3", "flash4")
+TOGETHER = FLASH
 #: What a family that was hardly measured on handed rows attains of them.
 HANDED_RATE = observed("handed_rate")
 #: What a layer adds to a kernel that was measured after its like.
@@ -400,8 +400,8 @@ RINGS_SIGMA = observed("rings_sigma")
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
     named = (
-        "tensor", "special", "memory", "handed", "sweeps", "sustained", "heat", "depth_half", "split", "variant", "wave", "window", "launch_s", "merge_s",
-        "power", "sigma", "rows",
+        "tensor", "special", "memory", "handed", "sweeps", "sustained", "heat", "depth_half", "split", "variant", "wave", "step", "window",
+        "launch_s", "merge_s", "power", "sigma", "rows",
     )  # fmt: skip
     plain = Constants()
     values = [f"{n} = {getattr(constants, n)!r}" for n in named if getattr(constants, n) != getattr(plain, n) or n in FREE.get(kernel, ())]

@@ -34,9 +34,10 @@ class Constants:
     sustained: the share of the tensor peak that the board's power limit lets through when work goes on (0: no limit known);
     heat: the share of the power budget that memory takes at its peak rate.  depth_half: trip count of a tile's inner loop at
     half of the tensor rate.  split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last wave
-    of tiles costs, in waves.  variant: what the family's second kernel attains of the first.  window: what a window's mask adds
-    to a pair, in exponentials.  launch_s: the op's own fixed time on the GPU; merge_s: what merging one more partial result
-    takes.  power: exponent of the smooth maximum.  sigma: standard deviation of log(measured / predicted) on held-out rows.
+    of tiles costs, in waves; step: the share of a part-filled wave of even tiles that is lost.  variant: what the family's second
+    kernel attains of the first.  window: what a window's mask adds to a pair, in exponentials.  launch_s: the op's own fixed time
+    on the GPU; merge_s: what merging one more partial result takes.  power: exponent of the smooth maximum.  sigma: standard
+    deviation of log(measured / predicted) on held-out rows.
     """
 
     tensor: Fraction = 1.0
@@ -50,6 +51,7 @@ class Constants:
     split: float = 1.0
     variant: Fraction = 1.0
     wave: float = 0.0
+    step: Fraction = 0.0
     window: float = 0.0
     launch_s: Seconds = 0.0
     merge_s: Seconds = 0.0
@@ -250,7 +252,7 @@ def _constants(row: dict[str, object], file: Path) -> Constants:
     for name, value in row.items():
         if name in ("tensor", "special", "memory", "split", "variant"):
             sound = _is_number(value, least=0.0) and value != 0
-        elif name in ("handed", "sweeps", "sustained", "heat", "depth_half", "wave", "window", "launch_s", "merge_s", "sigma", "rows"):
+        elif name in ("handed", "sweeps", "sustained", "heat", "depth_half", "wave", "step", "window", "launch_s", "merge_s", "sigma", "rows"):
             sound = _is_number(value, least=0.0)
         else:
             sound = {"power": value in _POWERS, "basis": value in BASES}.get(name, True)

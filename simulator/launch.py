@@ -32,6 +32,9 @@ HALF_MISSED = observed("half_missed")
 HALF_HANDED = observed("half_handed")
 #: Of the L2 cache, how large the rows of all tokens are when half of the gathers from them miss.
 HALF_GATHERED = observed("half_gathered")
+#: Kernels of FlashAttention's third and fourth version: what runs on Hopper where nobody names an implementation (SGLang's default there,
+#: and vLLM's).  Tiles of narrow heads have 192 rows, others 128.
+FLASH, NARROW_HEAD, NARROW_ROWS = ("flash3", "flash4"), 96, 192.0
 #: Heads wider than this have tiles of their own.
 WIDE_HEAD = 192
 
@@ -127,7 +130,7 @@ def whole(mean: Num, deviation: Num) -> Num:
 
 
 def launch_attention(op: Op, gpu: Gpu) -> Launched:
-    """Query tiles of 128 rows (64 for wide heads), whole key tiles on the mask's edge.
+    """Query tiles of 128 rows (64 for wide heads; FlashAttention-3 and 4: 192 for narrow ones), whole key tiles on the mask's edge.
 
     executed pairs = C' (pairs / C + (B_M - 1) / 2 where the edge is masked), C' = C rounded up to tiles: exact for causal
     chunks aligned to tiles.
@@ -143,7 +146,10 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     """
     s = op.shape
     tokens, sequences, live = maximum(s["tokens"], 1e-9), maximum(s["sequences"], 1e-9), maximum(s["live"], 1e-9)
-    rows = where(s["v_head_dim"] <= 128, 128.0, 64.0)  # noqa: PLR2004 (tile height halves beyond 128 wide heads)
+    if op.kernel == "attention" and (op.impl in FLASH or (not op.impl and gpu.architecture == "hopper")):
+        rows = where(s["head_dim"] <= NARROW_HEAD, NARROW_ROWS, 128.0)
+    else:
+        rows = where(s["v_head_dim"] <= 128, 128.0, 64.0)  # noqa: PLR2004 (tile height halves beyond 128 wide heads)
     blocks = ceil(tokens * (1 / rows))
     padded = blocks * (rows / tokens)
     edge = s["masked"] * (0.5 * (rows - 1))
@@ -244,15 +250,20 @@ def launch(op: Op, gpu: Gpu) -> Launched:
     return LAUNCHES[op.kernel](op, gpu)
 
 
-def fills(launched: Launched, split: Num, wave: Num) -> Num:
+def fills(launched: Launched, split: Num, wave: Num, step: Num = 0.0) -> Num:
     """The share of the machine that a launch keeps busy, from its tiles and the slots they run in.
 
-    1 / fill = max(1, slots / (split x tiles)) + wave x uneven x slots / (split x tiles): kernels cut tiles (smaller tiles, split-K)
-    until the machine is full, and uneven tiles leave the end of it empty.  Waves do not step on a machine at its power limit: what a
-    part-filled wave saves in power the others gain in clock.
+    1 / fill = (max(1, slots / (split x tiles)) + wave x uneven x slots / (split x tiles)) (1 + step (1 - uneven) (ceil(w) / w - 1)), w
+    = tiles / slots where that is above 1: kernels cut tiles (smaller tiles, split-K) until the machine is full, uneven tiles leave
+    the end of it empty, and of even ones the last wave is part-filled.  Products' waves do not step on a machine at its power limit:
+    what a part-filled wave saves in power the others gain in clock.
     """
     ratio = launched.slots / maximum(launched.tiles * split, 1e-9)
-    return 1.0 / (maximum(ratio, 1.0) + ratio * (wave * launched.uneven))
+    busy = maximum(ratio, 1.0) + ratio * (wave * launched.uneven)
+    if step:
+        waves = maximum(launched.tiles * (1.0 / launched.slots), 1.0)
+        busy = busy * (1.0 + (ceil(waves) / waves - 1.0) * (1.0 - launched.uneven) * step)
+    return 1.0 / busy
 
 
 def launch_gathered(op: Op, gpu: Gpu) -> Launched:

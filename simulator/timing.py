@@ -103,7 +103,7 @@ class Clock:
             served = moved * (1 / (gpu.hbm_bytes_per_s * constants.handed))
             parts[0] = parts[0] + launched.found * (served - parts[0])
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
-            slow = pace / fills(launched, constants.split, constants.wave)
+            slow = pace / fills(launched, constants.split, constants.wave, constants.step)
             peak = self.peak(op.math)
             deep = (1 + constants.depth_half / maximum(launched.depth, 1e-9)) / (peak * constants.tensor)
             compute = launched.tensor_flops * deep

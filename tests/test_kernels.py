@@ -246,6 +246,16 @@ def test_3_7_tiles_are_cut_until_the_machine_is_full_and_the_last_wave_costs() -
     assert filled(13.2, 1.0, 1.0) == pytest.approx(1 / 20)
 
 
+def test_a_part_filled_wave_of_even_tiles_costs_what_its_step_says() -> None:
+    def filled(tiles: float, step: float, uneven: float) -> float:
+        return fills(Launched(0.0, 0.0, 0.0, tiles, 132.0, 1.0, uneven=uneven), 1.0, 0.0, step)
+
+    assert filled(160.0, 1.0, 0.0) == pytest.approx(160 / 264)
+    assert filled(160.0, 0.5, 0.0) == pytest.approx(1 / (1 + 0.5 * (264 / 160 - 1)))
+    assert filled(160.0, 1.0, 1.0) == filled(160.0, 0.0, 0.0) == filled(264.0, 1.0, 0.0) == 1
+    assert filled(66.0, 1.0, 0.0) == 0.5
+
+
 # ---- PyTorch's counter
 
 
@@ -396,13 +406,16 @@ def test_backward_is_twice_the_useful_work_of_forward_where_every_token_is_score
 # ---- launched
 
 
-@given(st.integers(1, 24), st.integers(0, 24), st.sampled_from([64, 128, 256, 512]), st.integers(1, 3))
-def test_tiles_of_aligned_causal_chunks_are_those_of_brute_force(new: int, prefix: int, head_dim: int, sequences: int) -> None:
+@given(st.integers(1, 24), st.integers(0, 24), st.sampled_from([64, 128, 256, 512]), st.integers(1, 3), st.sampled_from(["cudnn", "flash4", ""]))
+def test_tiles_of_aligned_causal_chunks_are_those_of_brute_force(new: int, prefix: int, head_dim: int, sequences: int, impl: str) -> None:
     """Whole tiles on the diagonal: sum over query tiles of B_M ceil((P + min((i + 1) B_M, C)) / B_N) B_N (FORMULAS 1.2)."""
-    side = 128 if head_dim <= 128 else 64
-    c, p = new * 128, prefix * 128
+    if impl == "cudnn":
+        side = 128 if head_dim <= 128 else 64
+    else:  # on Hopper an unnamed kernel is FlashAttention's
+        side = 192 if head_dim <= 96 else 128
+    c, p = new * 2 * side, prefix * side
     tiles = sum(side * -(-(p + min((i + 1) * side, c)) // side) * side for i in range(c // side))
-    op = attention("core", Segment(float(sequences), float(c), float(p)), heads=16.0, kv_heads=4.0, head_dim=head_dim)
+    op = attention("core", Segment(float(sequences), float(c), float(p)), heads=16.0, kv_heads=4.0, head_dim=head_dim, impl=impl)
     made = launch(op, machine("h200").gpu)
     assert made.exponentials == pytest.approx(sequences * 16 * tiles)
     assert made.tensor_flops == pytest.approx(sequences * 16 * tiles * 4 * head_dim)
