@@ -27,7 +27,7 @@ from microbench.run import case_of, module_of, read, runs_of
 from simulator.calibration import Calibration, Constants, Family, MeasuredLink
 from simulator.data import data_path, observed
 from simulator.hardware import Cluster, Gpu, cluster, gpu
-from simulator.launch import FLASH, launch
+from simulator.launch import launch
 from simulator.timing import Clock, seconds_expected
 from simulator.units import Array
 from simulator.validate import Compared
@@ -56,9 +56,6 @@ POWERS = (1, 2, 4, 8)
 LEAST_ROWS = 5
 #: Fewest rows, mostly found in the L2 cache, that show at which rate it serves them.
 LEAST_HANDED = 3
-#: Kernels that take a head's tiles together, so that its keys come from the L2 cache however many they are: FlashAttention's schedulers
-#: of versions 3 and 4 (`size_l2`, heads in L2) and 670 TFLOP/s of the latter up to a million tokens.
-TOGETHER = FLASH
 #: What a family that was hardly measured on handed rows attains of them.
 HANDED_RATE = observed("handed_rate")
 #: What a layer adds to a kernel that was measured after its like.
@@ -153,8 +150,6 @@ def fit_family(rows: Rows, machine: Cluster, heat: float = 0.0) -> Constants:
     names = tuple(n for n in FREE[rows.family[0]] if {"window": windowed, "handed": handed}.get(n, True))
     start, low, high = (np.log([BOUNDS[n][i] for n in names]) for i in range(3))
     shared = Constants(heat=heat) if "sustained" in names else Constants()
-    if rows.family[1] in TOGETHER:
-        shared = replace(shared, sweeps=0.0)
     if streams and not handed:
         shared = Constants(handed=HANDED_RATE)
     best: tuple[Constants, float] | None = None
@@ -400,7 +395,7 @@ RINGS_SIGMA = observed("rings_sigma")
 
 def _table(kernel: str, impl: str, dtype: str, constants: Constants) -> list[str]:
     named = (
-        "tensor", "special", "memory", "handed", "sweeps", "sustained", "heat", "depth_half", "split", "variant", "wave", "step", "window",
+        "tensor", "special", "memory", "handed", "sustained", "heat", "depth_half", "split", "variant", "wave", "step", "window",
         "launch_s", "merge_s", "power", "sigma", "rows",
     )  # fmt: skip
     plain = Constants()

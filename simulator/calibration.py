@@ -30,7 +30,6 @@ class Constants:
 
     tensor, special, memory: shares of peak attained at saturation (`special` above 1: exponentials that hide behind products).
     handed: the rate at which the L2 cache serves what kernels hand each other, over the HBM's peak (0: as `memory`).
-    sweeps: the share of the re-reads of a head's keys and values that the kernel's order of tiles causes.
     sustained: the share of the tensor peak that the board's power limit lets through when work goes on (0: no limit known);
     heat: the share of the power budget that memory takes at its peak rate.  depth_half: trip count of a tile's inner loop at
     half of the tensor rate.  split: pieces into which a kernel may cut its tiles to fill the machine.  wave: what the last wave
@@ -44,7 +43,6 @@ class Constants:
     special: Fraction = 1.0
     memory: Fraction = 1.0
     handed: float = 0.0
-    sweeps: Fraction = 1.0
     sustained: Fraction = 0.0
     heat: Fraction = 0.0
     depth_half: float = 0.0
@@ -252,7 +250,7 @@ def _constants(row: dict[str, object], file: Path) -> Constants:
     for name, value in row.items():
         if name in ("tensor", "special", "memory", "split", "variant"):
             sound = _is_number(value, least=0.0) and value != 0
-        elif name in ("handed", "sweeps", "sustained", "heat", "depth_half", "wave", "step", "window", "launch_s", "merge_s", "sigma", "rows"):
+        elif name in ("handed", "sustained", "heat", "depth_half", "wave", "step", "window", "launch_s", "merge_s", "sigma", "rows"):
             sound = _is_number(value, least=0.0)
         else:
             sound = {"power": value in _POWERS, "basis": value in BASES}.get(name, True)

@@ -33,7 +33,8 @@ HALF_HANDED = observed("half_handed")
 #: Of the L2 cache, how large the rows of all tokens are when half of the gathers from them miss.
 HALF_GATHERED = observed("half_gathered")
 #: Kernels of FlashAttention's third and fourth version: what runs on Hopper where nobody names an implementation (SGLang's default there,
-#: and vLLM's).  Tiles of narrow heads have 192 rows, others 128.
+#: and vLLM's).  Tiles of narrow heads have 192 rows, others 128.  Their schedulers take the heads that fit in the L2 cache together, and the
+#: tiles of a larger head at once, so that its keys are not read again however many they are.
 FLASH, NARROW_HEAD, NARROW_ROWS = ("flash3", "flash4"), 96, 192.0
 #: Heads wider than this have tiles of their own.
 WIDE_HEAD = 192
@@ -48,8 +49,7 @@ class Launched(NamedTuple):
     `windowed` is 1 where a window hides keys at both ends of a tile's sweep.  `uneven`: the longest tile over the mean one, less 1.
     `streams`: the second kernel reads memory at
     another rate too, because it only streams (decode).  `found` is the share of the traffic that the L2 cache serves, because kernels
-    before wrote it and kernels after read it.  `swept` is the part of the traffic that tiles cause which sweep a head's keys each at its
-    own time: a kernel whose tiles sweep them together spares it (`Constants.sweeps`).
+    before wrote it and kernels after read it.
     """
 
     tensor_flops: Flops
@@ -64,7 +64,6 @@ class Launched(NamedTuple):
     uneven: Num = 1.0
     streams: bool = False
     found: Num = 0.0
-    swept: Bytes = 0.0
 
 
 def launch_gemm(op: Op, gpu: Gpu) -> Launched:
@@ -146,7 +145,8 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     """
     s = op.shape
     tokens, sequences, live = maximum(s["tokens"], 1e-9), maximum(s["sequences"], 1e-9), maximum(s["live"], 1e-9)
-    if op.kernel == "attention" and (op.impl in FLASH or (not op.impl and gpu.architecture == "hopper")):
+    flash = op.kernel == "attention" and (op.impl in FLASH or (not op.impl and gpu.architecture == "hopper"))
+    if flash:
         rows = where(s["head_dim"] <= NARROW_HEAD, NARROW_ROWS, 128.0)
     else:
         rows = where(s["v_head_dim"] <= 128, 128.0, 64.0)  # noqa: PLR2004 (tile height halves beyond 128 wide heads)
@@ -165,12 +165,13 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
         swept = s["scores"] / (sequences * s["heads"] * keys) + edge
         tiles = ceil(keys * (1 / rows)) * (s["heads"] * sequences)
         return Launched(flops, executed, op.hbm_bytes + sums, tiles, gpu.units, swept, variant, uneven=_uneven(tokens, swept))
-    swept = depth * s["row_bytes"] / s["kv_heads"]
-    head = live / sequences * s["row_bytes"] / s["kv_heads"]
-    again = tiles * swept * missed(head, HALF_MISSED * gpu.l2_bytes)
+    moved = op.hbm_bytes
+    if not flash:
+        head = s["row_bytes"] / s["kv_heads"]
+        moved = moved + tiles * depth * head * missed(live / sequences * head, HALF_MISSED * gpu.l2_bytes)
     return Launched(
-        executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, op.hbm_bytes + again, tiles, gpu.units, depth, variant,
-        windowed=maximum(s["masked"] - 1.0, 0.0), swept=again, uneven=_uneven(minimum(minimum(s["keys"], live / sequences), depth + 0.5 * tokens), depth),
+        executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, moved, tiles, gpu.units, depth, variant,
+        windowed=maximum(s["masked"] - 1.0, 0.0), uneven=_uneven(minimum(minimum(s["keys"], live / sequences), depth + 0.5 * tokens), depth),
     )  # fmt: skip
 
 

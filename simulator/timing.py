@@ -93,15 +93,13 @@ class Clock:
             return where_any(op.hbm_bytes, smooth_max([through, constants.launch_s], constants.power))
         launched, gpu = launch(op, self.gpu), self.gpu
         moved = launched.hbm_bytes
-        if constants.sweeps != 1.0:
-            moved = moved - launched.swept * (1.0 - constants.sweeps)
         pace: Num = 1.0
         if constants.variant != 1.0:
             pace = where(launched.variant > 0, 1 / constants.variant, 1.0)
-        parts = [moved * ((pace if launched.streams else 1.0) / (gpu.hbm_bytes_per_s * constants.memory))]
+        each: Num = (pace if launched.streams else 1.0) / (gpu.hbm_bytes_per_s * constants.memory)
         if constants.handed and (type(launched.found) is not float or launched.found):
-            served = moved * (1 / (gpu.hbm_bytes_per_s * constants.handed))
-            parts[0] = parts[0] + launched.found * (served - parts[0])
+            each = each + launched.found * (1 / (gpu.hbm_bytes_per_s * constants.handed) - each)
+        parts = [moved * each]
         if type(launched.tensor_flops) is not float or launched.tensor_flops:
             slow = pace / fills(launched, constants.split, constants.wave, constants.step)
             peak = self.peak(op.math)
@@ -165,7 +163,11 @@ def least_traffic(op: Op, gpu: Gpu) -> Bytes:
     """What an elementwise op must pass through HBM: of what it is handed a cache's worth may lie in the L2 cache when it starts, and of
     what it hands on as much when it ends.
     """
-    return maximum(op.hbm_bytes - minimum(op.shape["handed_bytes"], gpu.l2_bytes) * 2.0, 0.0)
+    handed = op.shape["handed_bytes"]
+    if type(handed) is float and not handed:
+        return op.hbm_bytes
+    least = maximum(op.hbm_bytes - 2.0 * gpu.l2_bytes, 0.0)
+    return where(handed > 0, least, op.hbm_bytes) if isinstance(handed, np.ndarray) else least
 
 
 def least_wire(op: Message) -> Num:
