@@ -1,7 +1,7 @@
 """Kernels of optional packages, measured where they are installed: FlashAttention-3, FlashAttention-4 and FlashInfer.
 
 None is a dependency.  A package is called through its public function; a result is checked like any other before it is timed.
-Of the three, runs that ship have measured FlashAttention-4 (4.0.0b36, its kernels for Hopper).
+Of the three, runs that ship have measured FlashAttention-4 (4.0.0b36, its kernels for Hopper, which do not split keys: no decode).
 """
 
 from __future__ import annotations
