@@ -36,7 +36,7 @@ from microbench.ring.program import (
 )
 from microbench.ring.transport import DONE, Parcel, Pending, Transport
 from simulator.parallel import Layout
-from simulator.work import Work
+from simulator.work import Work, run_by
 
 #: The order of tokens.
 IMPLS = ("halo.zigzag", "halo.contiguous")
@@ -228,8 +228,8 @@ def cases(suite: str, ranks: int) -> list[Case]:
 
 
 def work(which: Case) -> Work:
-    """Its quantities: the mixing part that the simulator builds."""
-    return work_of(which, Layout(cp=which["ranks"], order=order_of(which)))
+    """Its quantities: the mixing part that the simulator builds; of PyTorch's kernels FlashAttention-2 alone knows windows."""
+    return run_by(work_of(which, Layout(cp=which["ranks"], order=order_of(which))), {"attention": "flash2", "attention_backward": "flash2"})
 
 
 def build(which: Case, transport: Transport, device: Any) -> Callable[[], Any]:
