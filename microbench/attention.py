@@ -77,6 +77,9 @@ def cases(suite: str) -> list[Case]:
     if quick:
         found.append(over("attention", "cudnn", "bf16", (8, 1, 128, 128), tokens=131072, context=131072))
         found += [_decode("triton", "bf16", (8, 1, 128, 128), b, c) for b, c in ((1, 131072), (8, 8192), (64, 8192), (1, 1048576))]
+        if packages.installed("flash4"):
+            found += [over("attention", "flash4", "bf16", layout, tokens=n, context=n) for layout in LAYOUTS[:4] for n in (512, 4096, 16384)]
+            found += [over("attention", "flash4", "bf16", (8, 1, 128, 128), tokens=2048, context=c) for c in (32768, 131072)]
         return found
     return [*found, *_chunks_and_windows(), *_rectangles(), *_prefills(), *_decodes(), *_installed()]
 

@@ -126,6 +126,8 @@ def calibrate(folder: Path, out: Path | None, *, plots: bool) -> int:
             f"{q.median_with_table:.1%}", f"{q.p90_with_table:.1%}", f"{q.inside:.0%}", q.worst,
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for line in profile.unstood():
+        click.echo(f"kept from below: {line} (pip install flash-attn-4, then longctx bench --suite attention/flash4)")
     for line in profile.beaten:
         click.echo(f"faster than its bound, so the formula or the measurement is wrong: {line}", err=True)
     beside = sums(folder)

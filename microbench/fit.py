@@ -289,11 +289,20 @@ class Profile:
 
     def standing(self) -> dict[Family, Constants]:
         """Constants by family, and those that stand for a kernel whose implementation nobody names."""
-        found = dict(self.families)
+        found, stands = dict(self.families), {**STANDS_FOR, **STANDS_ON.get(self.gpu.architecture, {})}
         for (kernel, impl, dtype), constants in self.families.items():
-            if impl and STANDS_FOR.get((kernel, dtype)) == impl:
+            if impl and stands.get((kernel, dtype)) == impl:
                 found[kernel, "", dtype] = replace(constants, source=f"{impl} stands for it: {constants.source}")
         return found
+
+    def unstood(self) -> list[str]:
+        """What was measured, but of no implementation that engines run here: it keeps what lay below."""
+        known = self.standing()
+        return [
+            f"{kernel} {dtype} that nobody names: on {self.gpu.architecture.title()} engines run kernels like {impl}, which these runs lack"
+            for (kernel, dtype), impl in STANDS_ON.get(self.gpu.architecture, {}).items()
+            if (kernel, "", dtype) not in known and any((k, d) == (kernel, dtype) for k, _, d in known)
+        ]  # fmt: skip
 
 
 def calibrate(folder: Path) -> Profile:
@@ -355,13 +364,14 @@ def beats(rows: Rows, machine: Cluster) -> list[str]:
     return [f"{c.key}: {s:.3g} s, bound {b:.3g} s" for c, s, b in zip(rows.cases, rows.seconds, bound, strict=True) if s < b]
 
 
-#: The implementation that stands for a kernel whose implementation nobody names: the fastest measured that engines use or resemble
-#: (on Hopper vLLM's and SGLang's prefill defaults to FlashAttention-3, whose sister FlashAttention-4 is).
+#: The implementation that stands for a kernel whose implementation nobody names: the fastest measured that engines use or resemble.
 #: None stands for decode over an fp8 cache: the kernel measured here converts it to bf16 at half the memory rate, engines' do not.
 STANDS_FOR = {
-    ("attention", "bf16"): "flash4", ("attention_backward", "bf16"): "cudnn", ("decode_attention", "bf16"): "triton",
+    ("attention", "bf16"): "cudnn", ("attention_backward", "bf16"): "cudnn", ("decode_attention", "bf16"): "triton",
     ("elementwise", "bf16"): "copy", ("grouped_gemm", "bf16"): "cutlass",
 }  # fmt: skip
+#: The same where an architecture decides: vLLM's and SGLang's prefill runs FlashAttention-3 on Hopper, whose sister FlashAttention-4 is.
+STANDS_ON = {"hopper": {("attention", "bf16"): "flash4"}}
 
 
 def write(profile: Profile, folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator.calibration import Calibration
+from simulator.calibration import Calibration, Constants
 from simulator.data import (
     data_path,
     observed,
@@ -175,6 +175,20 @@ def test_the_readme_quotes_the_recorded_quality() -> None:
     for *key, rows, median, p90 in quoted:
         r = recorded[tuple(key)]
         assert (rows, median, p90) == (r["rows"], f"{float(r['median']):.1%}", f"{float(r['p90']):.1%}"), key
+
+
+def test_what_engines_run_stands_for_attention_that_nobody_names() -> None:
+    """On Hopper that is FlashAttention's; a run without it keeps what lay below, and says so."""
+    measured = {("attention", impl, "bf16"): Constants(memory=share) for impl, share in (("cudnn", 0.8), ("flash4", 0.9))}
+    both = fit.Profile(gpu("h100"), measured, [], [], [])
+    assert both.standing()["attention", "", "bf16"].memory == 0.9
+    assert not both.unstood()
+    without = replace(both, families={("attention", "cudnn", "bf16"): measured["attention", "cudnn", "bf16"]})
+    assert ("attention", "", "bf16") not in without.standing()
+    assert "flash4" in without.unstood()[0]
+    older = replace(without, gpu=gpu("a100"))
+    assert older.standing()["attention", "", "bf16"].memory == 0.8
+    assert not older.unstood()
 
 
 def test_the_shipped_constants_are_the_fit(profile: fit.Profile) -> None:
