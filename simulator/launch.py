@@ -28,7 +28,7 @@ LATENT_ROWS = {"hopper": 64.0}
 WAVE_TILE, RASTER = observed("wave_tile"), observed("raster")
 #: How many L2 caches of keys and values a head has when every second sweep misses.
 HALF_MISSED = observed("half_missed")
-#: Of the L2 cache, how much a kernel may move when half of what it was handed is still found there.
+#: Of the L2 cache, how much a kernel may touch when half of what it was handed is still found there.
 HALF_HANDED = observed("half_handed")
 #: Of the L2 cache, how large the rows of all tokens are when half of the gathers from them miss.
 HALF_GATHERED = observed("half_gathered")

@@ -20,13 +20,14 @@ import numpy as np
 
 from simulator.calibration import Calibration
 from simulator.collectives import Port, carry, port
+from simulator.data import observed
 from simulator.hardware import Cluster, Gpu
 from simulator.launch import fills, launch
 from simulator.units import Bytes, Num, Seconds, maximum, minimum, raise_to, root, where
 from simulator.work import Demands, Group, Known, Leaf, Message, Op, Repeat, SecondsOverlapped, SecondsSerial, Serial, Work, fold
 
 #: Bytes that no multiprocessor of any GPU here loads or stores more of per clock, whatever cache they come from.
-LOADED_PER_CLOCK = 128.0
+LOADED_PER_CLOCK = observed("loaded_per_clock")
 
 
 class Clock:

@@ -239,8 +239,9 @@ def _update(passes: _Passes, owned: Sequence[tuple[ShardedData, Count]]) -> list
     rows = sum(count / (shared.ranks if zero else 1.0) for shared, count in owned)
     update: list[Work] = [
         elementwise(
-            "optimizer", rows=rows, read=kept + passes.phase.gradient.bytes, written=kept + BF16.bytes, impl="activation", dtype=INT8
-        )
+            "optimizer", rows=rows, read=kept + passes.phase.gradient.bytes, written=kept + BF16.bytes, impl="activation", dtype=INT8,
+            handed=False,
+        )  # fmt: skip
     ]
     if zero in (1, 2):
         update += [
