@@ -241,7 +241,7 @@ def _update(passes: _Passes, owned: Sequence[tuple[ShardedData, Count]]) -> list
         elementwise(
             "optimizer", rows=rows, read=kept + passes.phase.gradient.bytes, written=kept + BF16.bytes, impl="activation", dtype=INT8,
             handed=False,
-        )  # fmt: skip
+        )
     ]
     if zero in (1, 2):
         update += [
