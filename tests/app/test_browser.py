@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,12 +202,17 @@ def test_a_stranger_is_answered_within_a_minute(watched: Watched, served: Served
     question = Question("deepseek-ai/DeepSeek-V4-Pro", "h200_sxm", 16, 2**20, 4)
     says(page, question)
     answered = time.perf_counter()
-    page.get_by_role("tab", name="Decode step").click()
     service = ask(question).plan.service
     assert service is not None
-    page.get_by_text(f"Most waits for {service.decode.binding()}").wait_for(timeout=60_000)
+    reason = page.get_by_text(f"Most waits for {service.decode.binding()}")
+    # a page that is still being drawn may lose the click, and a stranger clicks again
+    while not reason.is_visible() and time.perf_counter() - start < 60:
+        page.get_by_role("tab", name="Decode step").click()
+        with suppress(playwright.TimeoutError):
+            reason.wait_for(timeout=5_000)
     explained = time.perf_counter()
     record_property("told", f"a stranger: verdict on another model and cluster {answered - start:.1f} s after opening the page, the decode step explained {explained - start:.1f} s")
+    assert reason.is_visible()
     assert explained - start < 60
 
 
