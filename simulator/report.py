@@ -590,7 +590,7 @@ def kernel_document(
     found = {
         **_head(inputs, warnings), "flops": float(op.flops), "model_flops": float(op.model_flops), "hbm_bytes": float(op.hbm_bytes),
         "seconds": {"lower": lower, **within.document(), "upper": float(seconds_no_overlap(op, clock))},
-        "bound_by": binding_resource(clock, op), "calibration": calibration.description,
+        "bound_by": binding_resource(clock, op), "calibration": calibration.description, "source": calibration.constants(op.family).source,
     }  # fmt: skip
     if isinstance(op, Op):
         from simulator.launch import launch as launched  # noqa: PLC0415
@@ -619,7 +619,8 @@ def print_kernel(document: dict[str, Any], console: Console) -> None:
         )
     for warning in document["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
-    console.print(f"calibration: {document['calibration']}", style="dim", highlight=False)
+    rests = "; ".join(filter(None, (document["calibration"], document["source"])))
+    console.print(f"calibration: {rests}", style="dim", highlight=False, soft_wrap=True)
 
 
 __all__ = ["Vllm", "emit", "print_size", "size_document", "verdict"]

@@ -540,7 +540,7 @@ def gemm(gpu: str, rows: int, outputs: int, inputs_: int, dtype: str, as_json: b
 
 @kernel.command()
 @click.option("--gpu", default="h200", show_default=True)
-@click.option("--impl", default="", help="cudnn, flash2, flash3, ... (default: the best calibrated).")
+@click.option("--impl", default="", help="cudnn, flash2, flash3, flash4, ... (default: what engines run there).")
 @click.option("--sequences", type=POSITIVE, default=1, show_default=True)
 @click.option("--tokens", type=TOKENS, required=True, help="New tokens of each sequence.")
 @click.option("--context", type=TOKENS, default=None, help="Tokens visible to the last new token (default: the new tokens).")
