@@ -89,7 +89,7 @@ SIZE_INPUTS = {
 }  # fmt: skip
 ESTIMATE = HEAD | {"seconds", "flops", "model_flops", "hbm_bytes", "wire_bytes", "memory_bytes_per_gpu", "rows", "calibration"}
 ROW = {"name", "kernel", "impl", "dtype", "count", "seconds", "lower", "flops", "model_flops", "hbm_bytes", "wire_bytes", "bound_by", "basis"}
-KERNEL = HEAD | {"flops", "model_flops", "hbm_bytes", "seconds", "bound_by", "calibration", "launched"}
+KERNEL = HEAD | {"flops", "model_flops", "hbm_bytes", "seconds", "bound_by", "calibration", "source", "launched"}
 KV = HEAD | {"bytes_per_token", "fixed_bytes", "bytes_per_sequence", "layers", "engines", "reach"}
 REACH = {
     "trained_tokens", "declared_tokens", "effective_tokens", "effective_at_least", "effective_measure", "effective_source", "positions",
