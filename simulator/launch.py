@@ -26,8 +26,9 @@ WARP_ROWS = 16.0
 LATENT_ROWS = {"hopper": 64.0}
 #: Outputs one SM holds in a wave of a large product, and the reads of a real raster over those of a square one.
 WAVE_TILE, RASTER = observed("wave_tile"), observed("raster")
-#: How many L2 caches of keys and values a head has when every second sweep misses.
-HALF_MISSED = observed("half_missed")
+#: How many L2 caches of keys and values a head has when sweeps begin to miss, and how many more when every second does: of kernels like
+#: cuDNN's, of FlashAttention-2.
+KEPT, HALF_MISSED, HALF_MISSED_FLASH2 = observed("kept"), observed("half_missed"), observed("half_missed_flash2")
 #: Of the L2 cache, how much a kernel may touch when half of what it was handed is still found there.
 HALF_HANDED = observed("half_handed")
 #: Of the L2 cache, how large the rows of all tokens are when half of the gathers from them miss.
@@ -133,11 +134,12 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
 
     executed pairs = C' (pairs / C + (B_M - 1) / 2 where the edge is masked), C' = C rounded up to tiles: exact for causal
     chunks aligned to tiles.
-    Every query tile sweeps its head's keys and values.  They come from the L2 cache while a head's K and V fit in it; of a
-    larger head sweeps miss more and more: x^2 / (1 + x^2), x = bytes of K and V that one key-value head reads / 2.13 L2.  DRAM
-    counters on an H200 show 1 %, 17 %, 50 % and 72 % at 34, 67, 134 and 268 MB (5, 20, 50, 80 here; a formula without a kink,
-    because runs of chunks stand for their means).  At a million tokens this, not the tensor cores, binds cuDNN; FlashAttention-3 and 4
-    take the heads that fit in the cache together, and the tiles of a larger head at once: they run at 676 TFLOP/s there, cuDNN at 471.
+    Every query tile sweeps its head's keys and values.  They come from the L2 cache while a head's K and V fit in one of its two
+    partitions, 0.45 of it; of a larger head sweeps miss more and more: x / (1 + x), x = ((K and V that one key-value head reads / L2 -
+    0.45) / h)^1.25, h = 1.9 for cuDNN, 1.2 for FlashAttention-2.  DRAM counters of cuDNN on an H200 show 0, 1, 17, 50 and 72 % at 17, 34,
+    67, 134 and 268 MB (0, 2, 20, 47, 69 here), of FlashAttention-2 0, 5, 36, 59 and 77 %.  At a million tokens this, not the tensor
+    cores, binds cuDNN; FlashAttention-3 and 4 take the heads that fit in the cache together, and the tiles of a larger head at once: they
+    run at 676 TFLOP/s there, cuDNN at 471.
     Tiles of a triangle are uneven (the longest twice the mean), those of a block without a mask are alike: a block fills the machine as
     soon as its tiles do.
     Backward's tiles are keys, which meet queries one after the other; it adds fp32 sums of dQ (written, read, converted) and, for grouped heads, dK and dV
@@ -167,8 +169,10 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
         return Launched(flops, executed, op.hbm_bytes + sums, tiles, gpu.units, swept, variant, uneven=_uneven(tokens, swept))
     moved = op.hbm_bytes
     if not flash:
-        head = s["row_bytes"] / s["kv_heads"]
-        moved = moved + tiles * depth * head * missed(live / sequences * head, HALF_MISSED * gpu.l2_bytes)
+        head, half = s["row_bytes"] / s["kv_heads"], HALF_MISSED_FLASH2 if op.impl == "flash2" else HALF_MISSED
+        beyond = maximum(live / sequences * head * (1.0 / gpu.l2_bytes) - KEPT, 0.0) * (1.0 / half)
+        sweeps = beyond**1.25
+        moved = moved + tiles * depth * head * (sweeps / (1.0 + sweeps))
     return Launched(
         executed * (2.0 * (s["head_dim"] + s["v_head_dim"])), executed, moved, tiles, gpu.units, depth, variant,
         windowed=maximum(s["masked"] - 1.0, 0.0), uneven=_uneven(minimum(minimum(s["keys"], live / sequences), depth + 0.5 * tokens), depth),

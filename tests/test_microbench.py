@@ -268,9 +268,8 @@ def test_dram_counters_agree_with_launched_bytes(folder: Path) -> None:
             which = case_of({**row, "regime": "steady"})
             errors[row["kernel"]].append(abs(np.log(expected(which, folder.name) / float(row["dram_bytes"]))))
     print({kernel: f"{np.median(found):.1%}" for kernel, found in errors.items()})
-    assert np.median([e for found in errors.values() for e in found]) <= 0.10
+    assert all(np.median(found) <= 0.10 for found in errors.values())
     assert np.median(errors["decode_attention"]) <= 0.02
-    assert np.median(errors["gemm"]) <= 0.15
 
 
 def layers(folder: Path) -> list[tuple[Case, dict[str, str]]]:
