@@ -137,7 +137,7 @@ def launch_attention(op: Op, gpu: Gpu) -> Launched:
     Every query tile sweeps its head's keys and values.  They come from the L2 cache while a head's K and V fit in one of its two
     partitions, 0.45 of it; of a larger head sweeps miss more and more: x / (1 + x), x = ((K and V that one key-value head reads / L2 -
     0.45) / h)^1.25, h = 1.9 for cuDNN, 1.2 for FlashAttention-2.  DRAM counters of cuDNN on an H200 show 0, 1, 17, 50 and 72 % at 17, 34,
-    67, 134 and 268 MB (0, 2, 20, 47, 69 here), of FlashAttention-2 0, 5, 36, 59 and 77 %.  At a million tokens this, not the tensor
+    67, 134 and 268 MB (0, 2, 20, 46, 71 here), of FlashAttention-2 0, 5, 36, 59 and 77 %.  At a million tokens this, not the tensor
     cores, binds cuDNN; FlashAttention-3 and 4 take the heads that fit in the cache together, and the tiles of a larger head at once: they
     run at 676 TFLOP/s there, cuDNN at 471.
     Tiles of a triangle are uneven (the longest twice the mean), those of a block without a mask are alike: a block fills the machine as
