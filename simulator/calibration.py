@@ -116,6 +116,10 @@ class Calibration:
             self._resolved[family] = found
         return found
 
+    def implementations(self, kernel: str) -> list[str]:
+        """The implementations of a kernel that have constants of their own."""
+        return sorted({impl for name, impl, _ in self.families if name == kernel and impl})
+
     def taken(self, pattern: str) -> float:
         """The share of the SMs that a message takes from kernels beside it."""
         return self.interference.get(pattern, self.interference.get("", 0.0))

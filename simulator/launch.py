@@ -35,7 +35,8 @@ HALF_HANDED = observed("half_handed")
 HALF_GATHERED = observed("half_gathered")
 #: Kernels of FlashAttention's third and fourth version: what runs on Hopper where nobody names an implementation (SGLang's default there,
 #: and vLLM's).  Tiles of narrow heads have 192 rows, others 128.  Their schedulers take the heads that fit in the L2 cache together, and the
-#: tiles of a larger head at once, so that its keys are not read again however many they are.
+#: tiles of a larger head at once, so that its keys are not read again however many they are.  Source: flash-attn-4 4.0.0b36, its tile
+#: configuration for sm90 and SingleTileLPTScheduler (an L2 of 50 MB); timed in data/calibration/h200_sxm/runs/nvidia-h200-20261125T014814Z.csv.
 FLASH, NARROW_HEAD, NARROW_ROWS = ("flash3", "flash4"), 96, 192.0
 #: Heads wider than this have tiles of their own.
 WIDE_HEAD = 192
@@ -99,7 +100,8 @@ def launch_grouped_gemm(op: Op, gpu: Gpu) -> Launched:
 
     PyTorch's kernel (impl "cutlass") has pairs of tiles, 2 x 64 rows x 128 columns where experts have up to 128 rows on average,
     2 x 128 x 256 beyond: whole pairs of normally scattered rows, of variance rows / experts.  Read off its kernels' names on an
-    H200; its time climbs in such steps (320 us at 129 rows of 64 experts, 346 at 256, 627 at 384), its DRAM traffic is compulsory.
+    H200; its time climbs in such steps (320 us at 129 rows of 64 experts, 346 at 256, 627 at 384), its DRAM traffic is
+    compulsory.  Source: data/calibration/h200_sxm/probes/grouped-gemm-20261125.csv.
     """
     s = op.shape
     experts = maximum(s["experts"], 1e-9)
@@ -118,7 +120,7 @@ def launch_grouped_gemm(op: Op, gpu: Gpu) -> Launched:
 def whole(mean: Num, deviation: Num) -> Num:
     """The mean of a normal variable rounded up to whole numbers: x + 1/2 + sum over j of sin(2 pi j x) exp(-2 (pi j s)^2) / (pi j).
 
-    Validity: four terms, within 0.03 from a deviation of 0.08 on.  Source: the Fourier series of a sawtooth (derived).
+    Validity: four terms, within 0.004 from a deviation of 0.08 on, within 0.12 below.  Source: the Fourier series of a sawtooth (derived).
 
     >>> round(float(whole(0.75, 0.1)), 2), round(float(whole(8.0, 1.0)), 2)
     (1.01, 8.5)

@@ -190,6 +190,14 @@ def test_the_keys_of_kernel_are_frozen(say: Say, words: list[object], inputs: se
     check_intervals(found, 1)
 
 
+@pytest.mark.parametrize(("gpu", "tokens", "told"), [("h200", "64K", "flash4"), ("h200", "1", "triton"), ("b200", "64K", "no implementation is told apart")])
+def test_an_implementation_nobody_knows_is_refused_by_name(say: Say, gpu: str, tokens: str, told: str) -> None:
+    words = ("kernel", "attention", "--gpu", gpu, "--tokens", tokens, "--context", "64K", "--heads", "32", "--kv-heads", "8", "--impl")
+    refused(say(*words, "flsh4"), "--impl flsh4", told)
+    if gpu == "h200":
+        assert say(*words, "flash2").code == 0
+
+
 VERBS = [
     ["size", LLAMA_8B, "--context", "32K"], ["kv", LLAMA_8B], ["estimate", LLAMA_8B, "--context", "8K"], ["estimate", LLAMA_8B, "--phase", "decode", "--engine", "vllm"],
     ["kernel", "gemm", "--m", 1, "--n", 2, "--k", 3], ["kernel", "attention", "--tokens", 1, "--context", "128K", "--heads", 8],

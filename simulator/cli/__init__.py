@@ -588,10 +588,15 @@ def _show_kernel(op: Any, gpu: str, asked: dict[str, Any], *, as_json: bool) -> 
     from simulator.hardware import cluster
 
     machine = cluster(gpu, 1)
-    told = []
+    calibration, told = Calibration.load(machine.gpu), []
+    known = calibration.implementations(op.kernel)
+    if op.impl and op.impl not in known:
+        others = f"use {', '.join(known)}, or leave it out" if known else "no implementation is told apart there; leave it out"
+        message = f"--impl {op.impl}: nothing is known of it as {op.kernel} on {machine.gpu.name}; {others}"
+        raise ValueError(message)
     if not machine.gpu.supports(op.math):
         told.append(f"{machine.gpu.name} has no {op.math} arithmetic: computed in {machine.gpu.runs_as(op.math)}")
-    document = report.kernel_document(op, machine, Calibration.load(machine.gpu), {"gpu": machine.gpu.name, **asked}, told)
+    document = report.kernel_document(op, machine, calibration, {"gpu": machine.gpu.name, **asked}, told)
     give(document, lambda console: report.print_kernel(document, console), as_json=as_json)
 
 

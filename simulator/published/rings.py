@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
-from simulator.calibration import Calibration
 from simulator.dtypes import C_BF16
-from simulator.estimate import Interval
 from simulator.hf import load_model
 from simulator.kernels.attention import Bidirectional, Causal, Segment
 from simulator.layers import Attention, Direction
@@ -15,12 +12,14 @@ from simulator.parallel import Layout
 from simulator.parallel.scheme import mixing_of
 from simulator.published.kernels import MS, TERA, burst_attention, ring_flash_single, timed
 from simulator.published.table import Asked, Measurement, machine, refuse
-from simulator.work import Serial, Work
+from simulator.work import Serial, Work, run_by
 
 #: How the functions of ring-flash-attention order and pass tokens.
 _RINGS = {
     "ring_flash_attn": Layout(cp=8, order="contiguous"), "zigzag_ring_flash_attn": Layout(cp=8), "stripe_flash_attn": Layout(cp=8, order="striped"),
 }  # fmt: skip
+#: What runs these rings' blocks, forward and backward.
+_FLASH2 = {"attention": "flash2", "attention_backward": "flash2"}
 #: The four packs that its benchmark of packed samples takes in turn: a rank's tokens of each sample.
 _PACKS = ((8192,), (256, 7392, 544), (4096, 4096), (3104, 3200, 1600, 160, 128))
 
@@ -33,18 +32,7 @@ def _core(row: Measurement, layout: Layout, *, causal: bool, training: bool, pac
     samples = [(1.0, own * float(layout.gpus)) for own in pack] or [(row.number("batch"), row.number("seq_len"))]
     held = placed.shard(layer, tuple(Segment(number, tokens, 0.0) for number, tokens in samples))
     ways = Direction if training else (Direction.FORWARD,)
-    return Serial([mixing_of(placed.work(layer, held, C_BF16, way)) for way in ways])
-
-
-def _with_flash2(asked: Asked) -> Asked:
-    """The same question with the constants of FlashAttention-2 for every attention core."""
-
-    def answer(calibration: Calibration) -> Interval:
-        kernels = ("attention", "attention_backward")
-        families = {**calibration.families, **{(k, "", "bf16"): calibration.constants((k, "flash2", "bf16")) for k in kernels}}
-        return asked.answer(replace(calibration, families=families))
-
-    return replace(asked, answer=answer)
+    return run_by(Serial([mixing_of(placed.work(layer, held, C_BF16, way)) for way in ways]), _FLASH2)
 
 
 def ring_flash(row: Measurement) -> Asked:
@@ -60,7 +48,7 @@ def ring_flash(row: Measurement) -> Asked:
         refuse("ranks hold runs of the packed stream, wherever they cut samples: the busiest is not one of ours")
     layout = Layout() if row.n_gpus == "1" else _RINGS[name]
     calls = [_core(row, layout, causal=row.inputs["causal"] == "True", training=training, pack=pack) for pack in (_PACKS if packed else ((),))]
-    return _with_flash2(timed(Serial(calls), machine(row), len(calls) / float(row.value)))
+    return timed(Serial(calls), machine(row), len(calls) / float(row.value))
 
 
 def burst(row: Measurement) -> Asked:
@@ -71,7 +59,7 @@ def burst(row: Measurement) -> Asked:
     work, on = _core(row, Layout(cp=8), causal=False, training=training), machine(row)
     counted = 4.0 * row.number("seq_len") ** 2 * row.number("head_dim") * row.number("heads") * row.number("batch") / 8
     rate = counted * (3.5 if training else 1.0) / (float(row.value) * TERA)
-    return _with_flash2(timed(work, on, float(row.value) * MS if row.kind == "kernel_time" else rate))
+    return timed(work, on, float(row.value) * MS if row.kind == "kernel_time" else rate)
 
 
 #: YunChang's names of the ring beneath its Ulysses.
@@ -90,7 +78,7 @@ def usp(row: Measurement) -> Asked:
     order = _ORDERS[row.kernel_or_engine.partition("ring=")[2].split()[0]]
     u, ring = (int(part.partition("=")[2]) for part in row.parallelism.split(";"))
     work = _core(row, Layout(ulysses=u, cp=ring, order=order), causal=True, training=False)
-    return _with_flash2(timed(work, machine(row), 1 / float(row.value)))
+    return timed(work, machine(row), 1 / float(row.value))
 
 
 SOURCES: Mapping[str, Callable[[Measurement], Asked]] = {
